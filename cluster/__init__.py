@@ -1,0 +1,1 @@
+"""How a job is placed, watched, configured and saved; knows no model and no data."""

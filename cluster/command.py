@@ -1,0 +1,65 @@
+"""How every entry point starts and fails: help, settings, one-line errors, exit codes.
+
+Exit codes: 0 done, 1 a user's mistake or a full disk (one line says which), 2 wrong words,
+130 stopped by Ctrl-C.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.settings import SettingError, UserError, describe, load_settings, preset_names, to_toml
+
+LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # old launchers add it; process.py reads LOCAL_RANK
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb: its settings, where its presets lie, and what it runs."""
+
+    verb: str
+    config: type
+    presets: Path
+    run: Callable[[Any], None]
+    about: str
+
+    def help(self) -> str:
+        names = ", ".join(preset_names(self.presets)) or "none"
+        return (
+            f"smalti {self.verb} [PRESET | FILE.toml] [key=value | --key value ...] [--show]\n\n"
+            f"{self.about.strip()}\n\n"
+            f"Presets: {names}.  --show prints the resolved settings and stops.\n\n"
+            f"Settings (key=default):\n{describe(self.config)}\n"
+        )
+
+
+def run_command(command: Command, words: list[str]) -> int:
+    """Run a verb on its words and return the exit code."""
+    words = [word for word in words if not word.startswith(LAUNCHER_FLAGS)]
+    if "--help" in words or "-h" in words:
+        print(command.help())
+        return 0
+    try:
+        config = load_settings(command.config, [word for word in words if word != "--show"], command.presets)
+        if "--show" in words:
+            print(to_toml(config), end="")
+        else:
+            command.run(config)
+    except SettingError as error:
+        return _fail(command.verb, f"{error} (see `smalti {command.verb} --help`)", 2)
+    except UserError as error:
+        return _fail(command.verb, str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(command.verb, "stopped; run the same command again to go on", 130)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        return _fail(command.verb, f"{error.strerror}: {error.filename or 'while writing'}", 1)
+    return 0
+
+
+def _fail(verb: str, line: str, code: int) -> int:
+    print(f"smalti {verb}: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,171 @@
+"""A stage's folder and the `manifest.json` that says what is in it and what it was made from.
+
+The manifest is written last: a folder without one is unfinished. It carries the resolved settings,
+versions, counts, the digest of each file, one fingerprint of the whole, and the fingerprints of the
+folders it was made from, so that shards made with another tokenizer or dVAE are refused, not used.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.settings import UserError
+
+NAME = "manifest.json"
+FORMAT = 1  # raise it when a reader of the old form would misread the new one
+
+
+class FolderError(UserError):
+    """A folder that is missing, unfinished, of another kind, damaged, or made from something else."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder says of itself."""
+
+    kind: str
+    settings: dict[str, Any]
+    counts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    made_from: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def write_manifest(
+    folder: Path,
+    kind: str,
+    settings: dict[str, Any],
+    counts: dict[str, Any],
+    files: list[str],
+    made_from: dict[str, str],
+) -> Manifest:
+    """Write the manifest of a finished folder; `files` are named relative to it."""
+    records = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in files}
+    manifest = Manifest(
+        kind, settings, counts, records, made_from, fingerprint_of(kind, records), installed_versions()
+    )
+    write_json(folder / NAME, asdict(manifest))
+    return manifest
+
+
+def read_manifest(folder: Path, kind: str) -> Manifest:
+    """The manifest of a finished folder of that kind; FolderError says what is wrong and what to do."""
+    verb = {"images": "preprocess", "vocab": "preprocess", "tokens": "tokenise"}.get(kind, kind)
+    if not folder.is_dir():
+        raise FolderError(f"{kind} folder {folder} does not exist; make it with `smalti {verb}`")
+    path = folder / NAME
+    if not path.is_file():
+        raise FolderError(
+            f"{folder} has no {NAME}, so it is not a finished {kind} folder; run `smalti {verb}` (again) to finish it"
+        )
+    try:
+        values = json.loads(path.read_text())
+        manifest = Manifest(**values)
+    except (ValueError, TypeError) as error:
+        raise FolderError(f"{path} is damaged ({error}); remove the folder and run `smalti {verb}` again") from None
+    if manifest.kind != kind:
+        raise FolderError(f"{folder} holds {manifest.kind}, not {kind}")
+    if manifest.format != FORMAT:
+        raise FolderError(f"{path} has format {manifest.format}; this version of smalti reads format {FORMAT}")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare the size of every file with the manifest; FolderError names the first that differs."""
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FolderError(f"{path} is missing, though {folder / NAME} lists it")
+        if path.stat().st_size != record["bytes"]:
+            raise FolderError(
+                f"{path} has {path.stat().st_size} bytes where {NAME} says {record['bytes']}: it was cut or changed"
+            )
+
+
+def is_done(folder: Path, kind: str, settings: dict[str, Any], made_from: dict[str, str]) -> bool:
+    """True if the folder was finished with just these settings and inputs; FolderError if with others."""
+    if not (folder / NAME).is_file():
+        return False
+    manifest = read_manifest(folder, kind)
+    refuse_difference(folder, "settings", manifest.settings, settings)
+    refuse_difference(folder, "inputs", manifest.made_from, made_from)
+    check_files(folder, manifest)
+    return True
+
+
+def refuse_difference(folder: Path, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """FolderError naming every key in which the folder's values differ from the ones asked for."""
+    flat_old, flat_new = _flat(old), _flat(new)
+    changed = [
+        f"{key}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} here"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+    if changed:
+        raise FolderError(
+            f"{folder} was made with other {what} ({'; '.join(changed)}); use them, or another `out`, or remove it"
+        )
+
+
+def refuse_other_origin(folder: Path, manifest: Manifest, name: str, other: Path, fingerprint: str) -> None:
+    """FolderError unless `folder` was made from the `name` (a dvae, a vocab) that stands at `other`."""
+    if manifest.made_from.get(name) != fingerprint:
+        raise FolderError(
+            f"{folder} was made with another {name} (fingerprint {manifest.made_from.get(name, 'none')[:12]}) "
+            f"than {other} ({fingerprint[:12]}); make it again with this one, or name the other"
+        )
+
+
+def fingerprint_of(kind: str, files: dict[str, dict[str, Any]]) -> str:
+    """One digest over the kind and the digests of all files."""
+    text = json.dumps([kind, sorted((name, record["sha256"]) for name, record in files.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash it is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of indented JSON."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of smalti and of the libraries that decide its results."""
+    names = ("smalti", "torch", "deepspeed", "numpy", "sentencepiece", "pillow")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

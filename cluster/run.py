@@ -1,0 +1,132 @@
+"""One training run's folder: settings, metrics, checkpoints, the stop flag, and its end.
+
+    out/settings.toml  metrics.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint import Checkpoints
+from cluster.manifest import is_done, refuse_difference, write_bytes, write_json, write_manifest
+from cluster.metrics import Metrics, Progress
+from cluster.process import Place, wait_for_all
+from cluster.settings import UserError, to_dict, to_toml
+from cluster.watch import StopWatch
+
+# settings that change how a run is watched or where it lies, never what it computes
+FREE = ("out", "resume", "save_every", "keep_last", "evaluate_every")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must not change when a run is resumed: its settings, and the fingerprints of its inputs."""
+
+    kind: str
+    settings: dict[str, Any]
+    made_from: dict[str, str]
+
+
+class Run:
+    """A run of any trainer (dVAE, transformer, scorer). Every rank makes one and calls it in step."""
+
+    def __init__(self, config: Any, kind: str, inputs: dict[str, str], made_from: dict[str, str], place: Place) -> None:
+        """`inputs` names the settings that are paths of inputs; their fingerprints count, not the paths."""
+        self.folder = Path(config.out)
+        self.place = place
+        self.n_steps: int = config.n_steps
+        settings = {key: value for key, value in to_dict(config).items() if key not in FREE + tuple(inputs)}
+        self.identity = Identity(kind, settings, made_from)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", place, config.keep_last)
+        self.is_finished = is_done(self.folder, kind, settings, made_from)
+        self.watch = StopWatch(place)
+        self.metrics: Metrics | None = None
+        self.progress: Progress | None = None
+        self._config = config
+        self._last = time.monotonic()
+
+    def begin(self, load: Callable[[Path, str], None]) -> int:
+        """Restore the newest valid checkpoint with `load(checkpoints folder, tag)`; returns the step to do next.
+
+        UserError if the folder is used and resume=false, or was begun with other settings.
+        """
+        found = self.checkpoints.newest_valid()
+        step = 0
+        if found:
+            step, folder, about = found
+            if not self._config.resume:
+                raise UserError(f"{self.folder} holds a run; name another `out`, remove it, or leave resume=true")
+            refuse_difference(self.folder, "settings", about["settings"], self.identity.settings)
+            refuse_difference(self.folder, "inputs", about["made_from"], self.identity.made_from)
+            load(folder.parent, folder.name)
+        if self.place.is_main:
+            self.metrics = Metrics(self.folder, step)
+            write_bytes(self.folder / "settings.toml", to_toml(self._config).encode())
+            self.progress = Progress(self.identity.kind, self.n_steps, step)
+            if step:
+                print(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}", file=sys.stderr)
+        wait_for_all(self.place)
+        self.watch.start()
+        self._last = time.monotonic()
+        return step
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Log one training step's values and move the progress line."""
+        now = time.monotonic()
+        if self.metrics and self.progress:
+            self.metrics.record(step, values | {"perf/step_seconds": now - self._last})
+            loss = next((f"loss {value:.3f}" for tag, value in values.items() if tag.endswith("loss")), "")
+            self.progress.advance(note=loss)
+        self._last = now
+
+    def record_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Log held-out values."""
+        if self.metrics:
+            self.metrics.record(step, values)
+            text = ", ".join(f"{tag.removeprefix('val/')} {value:.4g}" for tag, value in values.items())
+            print(f"{self.identity.kind}: held-out at step {step + 1}: {text}", file=sys.stderr)
+        self._last = time.monotonic()
+
+    def told_to_stop(self) -> bool:
+        """One answer for all ranks."""
+        return self.watch.told_to_stop()
+
+    def save(self, step: int, write: Callable[[Path, str], None]) -> None:
+        """Save the state after `step` updates."""
+        about = {"settings": self.identity.settings, "made_from": self.identity.made_from}
+        self.checkpoints.save(step, about, write)
+
+    def finish(self, counts: dict[str, Any], config_json: dict[str, Any], files: list[str]) -> None:
+        """Write config.json and the manifest: from here on the run is done. Rank 0 only acts."""
+        if self.place.is_main:
+            write_json(self.folder / "config.json", config_json)
+            write_manifest(
+                self.folder, self.identity.kind, self.identity.settings, counts,
+                [*files, "config.json"], self.identity.made_from,
+            )  # fmt: skip
+        wait_for_all(self.place)
+
+    def say(self, text: str) -> None:
+        """A line about the run, from rank 0."""
+        if self.place.is_main:
+            print(f"{self.folder}: {text}")
+
+    def stopped(self, step: int) -> None:
+        """End a run that was told to stop and has saved: raises KeyboardInterrupt, as Ctrl-C would have."""
+        self.close()
+        if self.place.is_main:
+            print(f"\n{self.identity.kind}: saved at step {step} of {self.n_steps}", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        if self.metrics and self.progress:
+            self.metrics.close()
+            self.progress.close()
+
+
+def due(step: int, every: int, n_steps: int) -> bool:
+    """True after every `every`-th step and after the last."""
+    return (step + 1) % every == 0 or step + 1 == n_steps

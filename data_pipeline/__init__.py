@@ -1,0 +1,1 @@
+"""Bytes in, batches out: image-caption pairs to shards, vocabulary and batches; knows no model."""

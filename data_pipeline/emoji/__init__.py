@@ -1,0 +1,1 @@
+"""The embedded image-caption pairs; README.md says where they are from."""

@@ -1,0 +1,75 @@
+"""Pictures as bytes <-> RGB arrays: decode whatever comes, resize, crop, encode.
+
+The format is read from the bytes, never from the file's name. Transparent pictures are flattened
+on white; grey, palette and CMYK become RGB.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+IMAGE_ENDINGS = ("webp", "jpg", "jpeg", "png", "gif", "bmp", "tif", "tiff")
+
+
+class ImageProblem(Exception):
+    """Why a picture is dropped: a short reason to count."""
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture as RGB; ImageProblem if it is broken, cut or larger than `max_pixels`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise ImageProblem("image too large")
+            image.load()
+            return _to_rgb(image)
+    except ImageProblem:
+        raise
+    except Exception as error:  # decoders raise whatever their library does on bad bytes
+        raise ImageProblem("image unreadable") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode in ("I", "I;16", "I;16B", "F"):  # 16-bit grey: Pillow would clip, not scale
+        grey = np.asarray(image, np.float64)
+        return Image.fromarray((grey / max(grey.max(), 255.0) * 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """Reduce so that the shorter side is at most `side`, keeping the aspect; never enlarges."""
+    shorter = min(image.size)
+    if shorter <= side:
+        return image
+    width, height = (max(side, round(length * side / shorter)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BOX if shorter % side == 0 else Image.Resampling.LANCZOS)
+
+
+def encode(image: Image.Image, ending: str, quality: int) -> bytes:
+    """The picture as png (lossless), webp or jpg bytes."""
+    out = io.BytesIO()
+    if ending == "png":
+        image.save(out, "png")
+    else:
+        image.save(out, {"webp": "webp", "jpg": "jpeg"}[ending], quality=quality)
+    return out.getvalue()
+
+
+def square(data: bytes, side: int) -> np.ndarray:
+    """Decode, crop the middle square, resize to side x side: (side, side, 3) uint8."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    shorter = min(image.size)
+    left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
+    if image.size != (shorter, shorter):
+        image = image.crop((left, top, left + shorter, top + shorter))
+    if shorter != side:
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)

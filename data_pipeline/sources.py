@@ -1,0 +1,82 @@
+"""Where raw pairs come from: tars, img2dataset folders, or loose pictures with captions beside them.
+
+The input is cut into parts (one tar, or so many loose files), the unit of work that is done whole
+or done again.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.manifest import FolderError
+from data_pipeline.images import IMAGE_ENDINGS
+from data_pipeline.shards import TAR_ENDINGS, Sample, read_foreign
+
+EMBEDDED = Path(__file__).parent / "emoji"
+BESIDE = ("txt", "caption", "cap", "json")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tar, or a run of loose pictures, bound for shard `number` of its split."""
+
+    split: str
+    number: int
+    paths: tuple[Path, ...]
+
+
+def find_parts(source: str, samples_per_part: int, split: str) -> list[Part]:
+    """Parts of a source in a fixed order; FolderError if there is nothing to read.
+
+    `source` is a folder, a tar, a brace pattern `x{000..041}.tar`, or `emoji:train` / `emoji:heldout`.
+    """
+    tars, loose = _find_files(source)
+    groups = [(tar,) for tar in tars]
+    groups += [tuple(loose[i : i + samples_per_part]) for i in range(0, len(loose), samples_per_part)]
+    if not groups:
+        raise FolderError(f"{source} holds no tar and no picture ({', '.join(IMAGE_ENDINGS)})")
+    return [Part(split, number, paths) for number, paths in enumerate(groups)]
+
+
+def read_part(part: Part) -> Iterator[Sample]:
+    """Samples of a part in file order. ShardError at damage."""
+    for path in part.paths:
+        if path.name.endswith(TAR_ENDINGS):
+            yield from read_foreign(path)
+        else:
+            beside = {ending: path.with_suffix(f".{ending}") for ending in BESIDE}
+            files = {ending: file.read_bytes() for ending, file in beside.items() if file.is_file()}
+            yield Sample(path.stem, {path.suffix[1:].lower(): path.read_bytes()} | files)
+
+
+def fraction_of(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+
+
+def _find_files(source: str) -> tuple[list[Path], list[Path]]:
+    """(tars, loose pictures) of a source; a folder with tars gives only its tars."""
+    if source.startswith("emoji:"):
+        return sorted(EMBEDDED.glob(f"{source.partition(':')[2]}-*.tar.gz")), []
+    paths = [Path(name) for name in _expand(source)]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise FolderError(f"source {missing[0]} does not exist{more}")
+    if not paths[0].is_dir():
+        return paths, []
+    files = sorted(path for path in paths[0].rglob("*") if path.is_file() and "_tmp" not in path.parts)
+    tars = [path for path in files if path.name.endswith(TAR_ENDINGS)]
+    loose = [path for path in files if path.suffix[1:].lower() in IMAGE_ENDINGS]
+    return (tars, []) if tars else ([], loose)
+
+
+def _expand(pattern: str) -> list[str]:
+    """`a{08..10}b` -> a08b a09b a10b; other text as it is."""
+    match = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    if not match:
+        return [pattern]
+    head, first, last, tail = match.groups()
+    return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]

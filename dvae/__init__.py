@@ -1,0 +1,1 @@
+"""The discrete VAE: pictures <-> grids of codes."""

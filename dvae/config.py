@@ -1,0 +1,96 @@
+"""Settings of the discrete VAE: its shape, and how it is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.settings import SettingError, section, setting
+from data_pipeline.loader import LoaderConfig
+
+
+@dataclass(frozen=True)
+class DvaeConfig:
+    """Shape of the encoder and decoder. The paper's is image_side=256, fold=1, width=256,
+    n_groups=4, n_blocks=2, n_init=128, codebook=8192 (released code, encoder.py and decoder.py)."""
+
+    image_side: int = setting(64, "pixels along a side of the square picture")
+    fold: int = setting(1, "fold x fold pixels become channels before the first conv; 1 is the paper's")
+    width: int = setting(64, "channels of the first group; group g has width * 2**g")
+    n_groups: int = setting(4, "groups of blocks, the side halves between them")
+    n_blocks: int = setting(2, "residual blocks a group")
+    n_init: int = setting(128, "channels of a code's embedding at the decoder's entry")
+    codebook: int = setting(1024, "number of codes (K)")
+
+    def __post_init__(self) -> None:
+        for name in ("image_side", "fold", "width", "n_groups", "n_blocks", "n_init"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.width % 4:
+            raise SettingError(f"model.width={self.width} must be a multiple of 4 (bottlenecks are a quarter wide)")
+        if not 2 <= self.codebook <= 65_536:
+            raise SettingError(f"model.codebook={self.codebook} must be from 2 to 65536 (codes are stored as uint16)")
+        if self.image_side % self.reduction:
+            raise SettingError(
+                f"model.image_side={self.image_side} must be a multiple of fold * 2**(n_groups-1) = {self.reduction}"
+            )
+
+    @property
+    def reduction(self) -> int:
+        """Pixels of the picture along one side of a code."""
+        return self.fold * 2 ** (self.n_groups - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes along a side (G)."""
+        return self.image_side // self.reduction
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What changes with the step; the paper's values beside each (appendix A.2)."""
+
+    lr: float = setting(1e-4, "first step size (1e-4)")
+    final_lr: float = setting(1.25e-6, "last step size (1.25e-6)")
+    lr_steps: int = setting(1_200_000, "updates from first to last step size (1200000)")
+    temperature: float = setting(1.0, "first relaxation temperature (1)")
+    final_temperature: float = setting(0.0625, "last relaxation temperature (1/16)")
+    temperature_steps: int = setting(150_000, "updates from first to last temperature (150000)")
+    kl_weight: float = setting(6.6, "last weight beta of the KL term, which rises from 0 (6.6)")
+    kl_steps: int = setting(5_000, "updates until beta is reached (5000)")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.final_temperature <= self.temperature:
+            raise SettingError(
+                f"schedule.final_temperature={self.final_temperature} must be above 0 and at most "
+                f"schedule.temperature={self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
+class DvaeTrainConfig:
+    """A run of the discrete VAE."""
+
+    images: str = setting("data/images", "image shards, from `smalti preprocess`")
+    out: str = setting("runs/dvae", "run folder to write")
+    n_steps: int = setting(3_000_000, "updates (the paper: 3000000)")
+    seed: int = setting(0, "decides initial weights and noise")
+    start: Literal["seeded", "paper"] = setting("paper", "seeded: linear codec and k-means codebook; paper: random")
+    min_log_scale: float = setting(-20.0, "floor of the likelihood's ln b; the paper has none")
+    weight_decay: float = setting(1e-4, "AdamW's (the paper: 1e-4)")
+    clip: float = setting(1.0, "global gradient norm")
+    flip: bool = setting(True, "flip pictures at random (Listing 1)")
+    evaluate_every: int = setting(1_000, "steps between held-out measurements")
+    save_every: int = setting(1_000, "steps between checkpoints")
+    keep_last: int = setting(2, "checkpoints kept")
+    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
+    model: DvaeConfig = section(DvaeConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    data: LoaderConfig = section(LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.start == "seeded" and self.model.n_groups != 1:
+            raise SettingError(
+                f"start='seeded' needs a linear path, so model.n_groups=1, not {self.model.n_groups} (raise model.fold)"
+            )
+        for name in ("n_steps", "evaluate_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")

@@ -1,0 +1,1 @@
+"""Arithmetic: definitions in plain torch, and fast versions proved against them."""

@@ -1,0 +1,1 @@
+"""The transformer, its sampler and ranker, and the command line."""

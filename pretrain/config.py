@@ -1,0 +1,79 @@
+"""Settings of the transformer: its shape, its optimiser, and how it is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.settings import SettingError, section, setting
+from data_pipeline.loader import LoaderConfig
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape. The paper's is n_layers=64, n_heads=62, d_head=64, n_text=256 (section 2.2, B.1)."""
+
+    n_text: int = setting(256, "text slots, start-of-text included (T)")
+    n_layers: int = setting(12, "attention + MLP pairs (L)")
+    n_heads: int = setting(8, "heads (H)")
+    d_head: int = setting(64, "width of a head (D)")
+    conv_kernel: int = setting(11, "odd side of the last layer's conv pattern")
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "n_heads", "d_head", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.n_text < 2:
+            raise SettingError(f"model.n_text={self.n_text} must be at least 2: start-of-text and one token")
+        if self.conv_kernel % 2 == 0:
+            raise SettingError(f"model.conv_kernel={self.conv_kernel} must be odd")
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream (M = H D)."""
+        return self.n_heads * self.d_head
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. The paper's values where it states them (B.2)."""
+
+    lr: float = setting(4.5e-4, "peak step size (the paper: 4.5e-4)")
+    warmup_steps: int = setting(100, "linear ramp to the peak (the paper: 5000)")
+    final_lr: float = setting(0.1, "fraction of the peak that the cosine ends at")
+    beta1: float = setting(0.9, "decay of the mean")
+    beta2: float = setting(0.96, "decay of the variance (the paper: 0.96)")
+    eps: float = setting(1e-8, "added to the root of the variance")
+    weight_decay: float = setting(4.5e-2, "on matrices, not on gains, biases or embeddings (the paper: 4.5e-2)")
+    clip: float = setting(4.0, "global gradient norm (the paper: 4)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of the transformer."""
+
+    tokens: str = setting("data/tokens", "token shards, from `smalti tokenise`")
+    vocab: str = setting("data/vocab", "the BPE, from `smalti preprocess`")
+    out: str = setting("runs/train", "run folder to write")
+    n_steps: int = setting(1000, "updates")
+    seed: int = setting(0, "decides the initial weights")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "of the weights' working copy and activations")
+    zero_stage: int = setting(1, "DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights")
+    text_weight: float = setting(0.125, "share of the text loss; the image has the rest (the paper: 1/8)")
+    bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training (the paper: 0.1)")
+    evaluate_every: int = setting(200, "steps between held-out losses")
+    save_every: int = setting(200, "steps between checkpoints")
+    keep_last: int = setting(2, "checkpoints kept")
+    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
+    model: TransformerConfig = section(TransformerConfig)
+    optim: OptimConfig = section(OptimConfig)
+    data: LoaderConfig = section(LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise SettingError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        for name in ("n_steps", "evaluate_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.text_weight < 1:
+            raise SettingError(f"text_weight={self.text_weight} must be between 0 and 1")
+        if not 0 <= self.bpe_dropout < 1:
+            raise SettingError(f"bpe_dropout={self.bpe_dropout} must be at least 0 and below 1")

@@ -1,0 +1,129 @@
+"""The transformer under DeepSpeed: the only file that imports it.
+
+DeepSpeed's settings are derived from ours and handed over as a dict; there is no second file to
+keep in step.
+"""
+
+import importlib
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cluster.process import Place, mean_over_ranks, wait_for_all
+from data_pipeline.loader import TokenBatch
+from pretrain.config import OptimConfig, TrainConfig
+from pretrain.model import Losses, Sizes, Transformer, text_image_loss
+
+
+class Engine:
+    """A sharded model with its optimiser; every rank calls every method in step."""
+
+    def __init__(self, model: Transformer, config: TrainConfig, place: Place) -> None:
+        self.model, self.config, self.place = model, config, place
+        self._deepspeed = _import_deepspeed(place)
+        optimizer = torch.optim.AdamW(
+            decay_groups(model, config.optim.weight_decay),
+            lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps,
+        )  # fmt: skip
+        self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_settings(config, place.world_size)
+        )
+
+    def step(self, number: int, batch: TokenBatch) -> dict[str, float]:
+        """One update; returns the means over ranks of what is logged."""
+        lr = learning_rate(self.config.optim, number, self.config.n_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        losses = self.losses(batch)
+        self._engine.backward(losses.total)
+        self._engine.step()
+        values = {"train/loss": losses.total, "train/text_loss": losses.text, "train/image_loss": losses.image}
+        means = mean_over_ranks(self.place, {tag: value.item() for tag, value in values.items()})
+        if not math.isfinite(means["train/loss"]):
+            raise FloatingPointError(f"training loss {means['train/loss']} at step {number}")
+        return means | {"train/lr": lr, "train/grad_norm": float(self._engine.get_global_grad_norm() or math.nan)}
+
+    def losses(self, batch: TokenBatch) -> Losses:
+        """The two losses of a batch, with their graph if gradients are on."""
+        text, image = batch.text.to(self.place.device), batch.image.to(self.place.device)
+        text_logits, image_logits = self._engine(text, image)
+        return text_image_loss(text_logits, image_logits, text, image, self.config.text_weight)
+
+    def evaluating(self) -> None:
+        self._engine.eval()
+
+    def save(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's own files into folder / tag."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        self._engine.load_checkpoint(str(folder), tag=tag)
+
+    def release(self, path: Path) -> None:
+        """The whole weights in fp32 as one safetensors file, from any ZeRO stage."""
+        parameters = list(self.model.parameters())
+        with self._deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
+            if self.place.is_main:
+                save_file({name: p.detach().float().cpu().clone() for name, p in self._named()}, path)
+        wait_for_all(self.place)
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.model.named_parameters())
+
+
+def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a run of ours, under the names of its documentation."""
+    return {
+        "train_micro_batch_size_per_gpu": config.data.batch // world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW needs no compiled extension
+        "steps_per_print": 2**31,
+    }
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices of linear layers only: not on gains, biases and embeddings."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = list(model.parameters())
+    decayed = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
+    kept = [p for p in parameters if p.ndim != 2 or id(p) in embeddings]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
+    """Linear warm-up to the peak, then a cosine to final_lr of it at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def build_engine(config: TrainConfig, sizes: Sizes, place: Place) -> Engine:
+    """A fresh engine; the initial weights depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    return Engine(Transformer(config.model, sizes).to(place.device), config, place)
+
+
+def _import_deepspeed(place: Place) -> Any:
+    """DeepSpeed, imported when it is needed: its import looks for devices and prints.
+
+    On a CPU it would compile a shared-memory all-reduce at start, which only inference calls;
+    without it neither a compiler nor 40 seconds are needed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", place.device.type)
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if place.device.type == "cpu":
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    return deepspeed

@@ -5,6 +5,7 @@ read in a thread while the current one is used.
 """
 
 import io
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,3 +205,9 @@ def caption_of(sample: Sample) -> str:
 def to_pixels(pictures: np.ndarray) -> Tensor:
     """(N, P, P, 3) uint8 -> (N, 3, P, P) float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float() / 255
+
+
+def first_pictures(shards: Shards, count: int, side: int) -> Tensor:
+    """(n, 3, side, side) pixels of the first `count` samples in file order, or of all there are."""
+    samples = itertools.islice(shards, count)
+    return to_pixels(np.stack([picture_of(sample, side) for sample in samples]))

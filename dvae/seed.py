@@ -40,6 +40,9 @@ def seed_codes(model: Dvae, mapped: Tensor, generator: torch.Generator) -> float
     points = (patches - mean) @ basis.T
     centres, nearest = k_means(points, model.config.codebook, ROUNDS, generator)
     drawn = torch.logit((mean + centres @ basis).clamp(EPS, 1 - EPS))  # what the decoder must say: (K, 3 fold^2)
+    # in these units a logit is -distance^2 / 2, and an optimiser's step moves it little
+    unit = (MARGIN_NATS / _median_lead(points, centres)) ** 0.5
+    basis, centres = unit * basis, unit * centres
     mean_drawn, basis_drawn = _principal(drawn, d)
     embedded = (drawn - mean_drawn) @ basis_drawn.T
 
@@ -53,10 +56,9 @@ def seed_codes(model: Dvae, mapped: Tensor, generator: torch.Generator) -> float
     centre_tap = encoder.stem.kernel_size[0] // 2
     encoder.stem.weight[: 2 * d, :, centre_tap, centre_tap] = both
     encoder.stem.bias[: 2 * d] = -both @ mean  # type: ignore[index]
-    scale = MARGIN_NATS / _median_lead(points, centres)
     encoder.head.weight[:, :, 0, 0] = 0
-    encoder.head.weight[:, : 2 * d, 0, 0] = scale * torch.cat([centres, -centres], 1)
-    encoder.head.bias.copy_(-scale * centres.square().sum(1) / 2)  # type: ignore[union-attr]
+    encoder.head.weight[:, : 2 * d, 0, 0] = torch.cat([centres, -centres], 1)
+    encoder.head.bias.copy_(-centres.square().sum(1) / 2)  # type: ignore[union-attr]
     decoder.embed.weight[:, :, 0, 0] *= embedded.std() * model.config.codebook**0.5
     decoder.embed.weight[: 2 * d, :, 0, 0] = torch.cat([embedded, -embedded], 1).T
     n_means = mean_drawn.numel()

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from cluster.manifest import FolderError, Manifest, read_manifest
 from cluster.process import Place, lone_place
 from cluster.run import Run, due
 from cluster.settings import from_dict
-from data_pipeline.loader import ImageBatches, Shards, picture_of, to_pixels
-from data_pipeline.order import counter_random
+from data_pipeline.loader import ImageBatches, Shards, first_pictures
+from data_pipeline.order import GUMBEL, counter_random
 from dvae.config import DvaeConfig, DvaeTrainConfig
 from dvae.likelihood import logit_laplace_nats, map_pixels
 from dvae.measure import code_usage, measure
@@ -34,7 +33,6 @@ from dvae.schedule import kl_weight, learning_rate, temperature
 from dvae.seed import seed_codes
 from kernels.reference import relaxed_codes
 
-GUMBEL = 7  # purpose of a counter random number, see data_pipeline/order.py
 N_SEED_PICTURES = 2_048
 N_EVALUATION = 1_024  # held-out pictures measured during training
 WEIGHTS = "model.safetensors"
@@ -48,7 +46,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = Dvae(config.model)
         if config.start == "seeded":
-            pictures = _first_pictures(shards, N_SEED_PICTURES, config.model.image_side)
+            pictures = first_pictures(shards, N_SEED_PICTURES, config.model.image_side)
             seed_codes(model, map_pixels(pictures), torch.Generator().manual_seed(config.seed))
         self.model: nn.Module = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
@@ -116,21 +114,23 @@ def train(config: DvaeTrainConfig) -> None:
     if run.is_finished:
         run.say("finished already")
         return
-    heldout = _first_pictures(Shards(Path(config.images), "images", "heldout"), N_EVALUATION, config.model.image_side)
+    heldout = first_pictures(Shards(Path(config.images), "images", "heldout"), N_EVALUATION, config.model.image_side)
     trainer = Trainer(config, shards, place)
     batches = ImageBatches(shards, config.data, config.model.image_side, config.flip)
     first = run.begin(trainer.load)
     batches.seek(first)
+    if first == 0:
+        run.record_evaluation(-1, measure(trainer.model, heldout, place.device))
     for step in range(first, config.n_steps):
         run.record(step, trainer.step(step, next(batches).pixels))
         stop = run.told_to_stop()
-        if due(step, config.evaluate_every, config.n_steps) or step == 0:
+        if due(step, config.evaluate_every, config.n_steps):
             run.record_evaluation(step, measure(trainer.model, heldout, place.device))
         if stop or due(step, config.save_every, config.n_steps):
             run.save(step + 1, trainer.save)
         if stop and step + 1 < config.n_steps:
             run.stopped(step + 1)
-    save_file(trainer.model.state_dict(), run.folder / WEIGHTS)
+    save_file({n: p.contiguous() for n, p in trainer.model.state_dict().items()}, run.folder / WEIGHTS)
     counts: dict[str, Any] = {"steps": config.n_steps} | measure(trainer.model, heldout, place.device)
     run.finish(counts, {"model_type": "smalti-dvae", **asdict(config.model)}, [WEIGHTS])
     run.close()
@@ -146,12 +146,6 @@ def open_dvae(folder: Path, device: torch.device) -> tuple[Dvae, Manifest]:
         raise FolderError(f"{folder / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from None
     model.eval().to(device)
     return model, manifest
-
-
-def _first_pictures(shards: Shards, count: int, side: int) -> Tensor:
-    """(n, 3, side, side) pixels of the first `count` samples in file order."""
-    places = [(s, i) for s, size in enumerate(shards.sizes) for i in range(size)][:count]
-    return to_pixels(np.stack([picture_of(shards.read(place), side) for place in places]))
 
 
 COMMAND = Command("dvae", DvaeTrainConfig, Path(__file__).parent / "configs", train, __doc__)

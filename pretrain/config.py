@@ -77,3 +77,90 @@ class TrainConfig:
             raise SettingError(f"text_weight={self.text_weight} must be between 0 and 1")
         if not 0 <= self.bpe_dropout < 1:
             raise SettingError(f"bpe_dropout={self.bpe_dropout} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Shape of the contrastive scorer."""
+
+    image_side: int = setting(64, "pixels along a side of the picture")
+    fold: int = setting(4, "fold x fold pixels become channels first")
+    width: int = setting(96, "channels of the first stage; the next two have twice as many")
+    n_text: int = setting(16, "text slots")
+    n_layers: int = setting(2, "layers of the text tower")
+    n_heads: int = setting(4, "heads of the text tower, 32 wide each")
+    embed: int = setting(128, "width of the shared space")
+
+    def __post_init__(self) -> None:
+        if self.width % 8:
+            raise SettingError(f"model.width={self.width} must be a multiple of 8 (groups of the normalisation)")
+        if self.image_side % (4 * self.fold):
+            raise SettingError(f"model.image_side={self.image_side} must be a multiple of 4 * fold = {4 * self.fold}")
+
+
+@dataclass(frozen=True)
+class ScorerTrainConfig:
+    """A run of the scorer."""
+
+    images: str = setting("data/images", "image shards, from `smalti preprocess`")
+    vocab: str = setting("data/vocab", "the BPE, from `smalti preprocess`")
+    out: str = setting("runs/scorer", "run folder to write")
+    n_steps: int = setting(1000, "updates")
+    seed: int = setting(0, "decides the initial weights")
+    shift: int = setting(4, "pixels by which pictures are moved at random")
+    bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training")
+    evaluate_every: int = setting(100, "steps between held-out measurements")
+    save_every: int = setting(200, "steps between checkpoints")
+    keep_last: int = setting(2, "checkpoints kept")
+    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
+    model: ScorerConfig = section(ScorerConfig)
+    optim: OptimConfig = section(OptimConfig)
+    data: LoaderConfig = section(LoaderConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "evaluate_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What is drawn, and how."""
+
+    captions: str = setting("", "text file with one caption a line, or one caption")
+    model: str = setting("runs/train", "trained transformer")
+    dvae: str = setting("runs/dvae", "the dVAE its tokens were made with")
+    vocab: str = setting("data/vocab", "the BPE its captions were read with")
+    out: str = setting("samples", "folder to write")
+    candidates: int = setting(16, "pictures a caption (the paper: 512)")
+    temperature: float = setting(1.0, "divides the logits; the paper samples at 1")
+    top_k: int = setting(0, "keep only the k likeliest codes; 0 keeps all")
+    top_p: float = setting(1.0, "keep the likeliest codes that make up this probability; 1 keeps all")
+    seed: int = setting(0, "with the caption and the candidate's number decides the picture")
+    batch: int = setting(64, "pictures drawn at a time; changes nothing but speed and memory")
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "batch"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature <= 0:
+            raise SettingError(f"temperature={self.temperature} must be above 0")
+        if self.top_k < 0:
+            raise SettingError(f"top_k={self.top_k} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise SettingError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class RerankConfig:
+    """What is ranked, and by what."""
+
+    samples: str = setting("samples", "pictures, from `smalti sample`")
+    scorer: str = setting("runs/scorer", "trained contrastive model")
+    vocab: str = setting("data/vocab", "the BPE it reads captions with")
+    out: str = setting("ranked", "folder to write, best first")
+    keep: int = setting(0, "pictures kept a caption; 0 keeps all")
+
+    def __post_init__(self) -> None:
+        if self.keep < 0:
+            raise SettingError(f"keep={self.keep} must be at least 0")

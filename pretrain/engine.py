@@ -17,8 +17,9 @@ from torch import nn
 
 from cluster.process import Place, mean_over_ranks, wait_for_all
 from data_pipeline.loader import TokenBatch
-from pretrain.config import OptimConfig, TrainConfig
+from pretrain.config import TrainConfig
 from pretrain.model import Losses, Sizes, Transformer, text_image_loss
+from pretrain.optim import decay_groups, learning_rate
 
 
 class Engine:
@@ -89,23 +90,6 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # torch's AdamW needs no compiled extension
         "steps_per_print": 2**31,
     }
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices of linear layers only: not on gains, biases and embeddings."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.ndim == 2 and id(p) not in embeddings]
-    kept = [p for p in parameters if p.ndim != 2 or id(p) in embeddings]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
-    """Linear warm-up to the peak, then a cosine to final_lr of it at the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def build_engine(config: TrainConfig, sizes: Sizes, place: Place) -> Engine:

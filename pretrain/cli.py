@@ -1,0 +1,45 @@
+"""The `smalti` command: one verb a stage, in the order they are run.
+
+Each verb is also `python -m MODULE` with the same words.
+"""
+
+import importlib
+import sys
+
+from cluster.command import Command, run_command
+
+VERBS = {
+    "preprocess": "data_pipeline.preprocess",
+    "dvae": "dvae.train",
+    "tokenise": "dvae.tokenise",
+    "train": "pretrain.train",
+    "scorer": "pretrain.scorer",
+    "sample": "pretrain.sample",
+    "rerank": "pretrain.rerank",
+    "demo": "pretrain.demo",
+}
+
+
+def main() -> int:
+    """Run `smalti VERB words...`; returns the exit code."""
+    verb, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if verb in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    if verb not in VERBS:
+        print(f"smalti: {verb!r} is no verb; there are: {', '.join(VERBS)} (see `smalti --help`)", file=sys.stderr)
+        return 2
+    command: Command = importlib.import_module(VERBS[verb]).COMMAND
+    return run_command(command, words)
+
+
+def _overview() -> str:
+    lines = ["smalti VERB [PRESET | FILE.toml] [key=value ...]      smalti VERB --help\n"]
+    for verb, module in VERBS.items():
+        about = importlib.import_module(module).COMMAND.about.strip().splitlines()[0]
+        lines.append(f"  {verb:<11} {about}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

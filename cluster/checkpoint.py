@@ -89,13 +89,14 @@ def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file has its size and digest."""
     try:
         files = json.loads((folder / SEAL).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        sealed = [(name, record["bytes"], record["sha256"]) for name, record in files.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {SEAL} is missing or unreadable (the save did not finish)"
-    for name, record in files.items():
+    for name, n_bytes, digest in sealed:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != record["bytes"] or file_digest(path) != record["sha256"]:
+        if path.stat().st_size != n_bytes or file_digest(path) != digest:
             return f"{name} was cut or changed"
     return None
 

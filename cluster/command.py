@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.manifest import FolderError
+from cluster.process import launched_rank
 from cluster.settings import SettingError, UserError, describe, load_settings, preset_names, to_toml
 
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # old launchers add it; process.py reads LOCAL_RANK
@@ -42,24 +44,28 @@ def run_command(command: Command, words: list[str]) -> int:
         print(command.help())
         return 0
     try:
-        config = load_settings(command.config, [word for word in words if word != "--show"], command.presets)
+        config: Any = load_settings(command.config, [word for word in words if word != "--show"], command.presets)
         if "--show" in words:
             print(to_toml(config), end="")
         else:
             command.run(config)
     except SettingError as error:
         return _fail(command.verb, f"{error} (see `smalti {command.verb} --help`)", 2)
-    except UserError as error:
+    except FolderError as error:
         return _fail(command.verb, str(error), 1)
     except KeyboardInterrupt:
         return _fail(command.verb, "stopped; run the same command again to go on", 130)
+    except UserError as error:
+        return _fail(command.verb, str(error), 1, every_rank=True)
     except OSError as error:
         if error.strerror is None:
             raise
-        return _fail(command.verb, f"{error.strerror}: {error.filename or 'while writing'}", 1)
+        return _fail(command.verb, f"{error.strerror}: {error.filename or 'while writing'}", 1, every_rank=True)
     return 0
 
 
-def _fail(verb: str, line: str, code: int) -> int:
-    print(f"smalti {verb}: {line}", file=sys.stderr)
+def _fail(verb: str, line: str, code: int, every_rank: bool = False) -> int:
+    """Say the line once: what all ranks find alike (settings, folders, Ctrl-C) only rank 0 says."""
+    if every_rank or launched_rank() == 0:
+        print(f"smalti {verb}: {line}", file=sys.stderr)
     return code

@@ -47,9 +47,7 @@ def write_manifest(
 ) -> Manifest:
     """Write the manifest of a finished folder; `files` are named relative to it."""
     records = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in files}
-    manifest = Manifest(
-        kind, settings, counts, records, made_from, fingerprint_of(kind, records), installed_versions()
-    )
+    manifest = Manifest(kind, settings, counts, records, made_from, fingerprint_of(kind, records), installed_versions())
     write_json(folder / NAME, asdict(manifest))
     return manifest
 

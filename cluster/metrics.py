@@ -13,6 +13,8 @@ from typing import Any
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from cluster.manifest import write_bytes
+
 LINE_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
 
@@ -27,8 +29,8 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] < step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "a")
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.file = open(self.path, "a")  # noqa: SIM115 - close() closes it
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def record(self, step: int, values: dict[str, float]) -> None:

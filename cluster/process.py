@@ -85,6 +85,21 @@ def share_cores(place: Place) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 
 
+def launched_rank() -> int:
+    """The rank that the launcher gave, before any group is joined; 0 without a launcher."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def computes_bf16(place: Place) -> bool:
+    """True if every rank's device multiplies bfloat16 matrices in hardware."""
+    if place.device.type == "cuda":
+        here = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return not all_agree(place, not here)
+
+
 def _read(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     try:

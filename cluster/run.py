@@ -1,6 +1,6 @@
 """One training run's folder: settings, metrics, checkpoints, the stop flag, and its end.
 
-    out/settings.toml  metrics.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
+out/settings.toml  metrics.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
 """
 
 import sys
@@ -33,12 +33,14 @@ class Identity:
 class Run:
     """A run of any trainer (dVAE, transformer, scorer). Every rank makes one and calls it in step."""
 
-    def __init__(self, config: Any, kind: str, inputs: dict[str, str], made_from: dict[str, str], place: Place) -> None:
+    def __init__(
+        self, config: Any, kind: str, inputs: tuple[str, ...], made_from: dict[str, str], place: Place
+    ) -> None:
         """`inputs` names the settings that are paths of inputs; their fingerprints count, not the paths."""
         self.folder = Path(config.out)
         self.place = place
         self.n_steps: int = config.n_steps
-        settings = {key: value for key, value in to_dict(config).items() if key not in FREE + tuple(inputs)}
+        settings = {key: value for key, value in to_dict(config).items() if key not in FREE + inputs}
         self.identity = Identity(kind, settings, made_from)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", place, config.keep_last)
         self.is_finished = is_done(self.folder, kind, settings, made_from)

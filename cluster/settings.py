@@ -12,6 +12,7 @@ raising SettingError) stop the program with one line that names the key.
 """
 
 import dataclasses
+import json
 import tomllib
 import types
 import typing
@@ -79,7 +80,7 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build settings of `kind` from nested dicts, refusing unknown keys and wrong types."""
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
-    built = {}
+    built: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{where}{key}"
         if key not in fields:
@@ -97,8 +98,7 @@ def from_dict(kind: type[T], values: dict[str, Any], where: str = "") -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved settings as nested dicts of plain values (JSON-ready)."""
     return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
     }
 
 
@@ -118,7 +118,7 @@ def describe(kind: type, prefix: str = "") -> str:
     """One line a setting, for `--help`: key, default, meaning."""
     lines = []
     hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(hints[field.name]):
             lines.append(describe(typing.cast(type, hints[field.name]), f"{prefix}{field.name}."))
         else:
@@ -163,7 +163,9 @@ def _parse(kind: type, key: str, text: str) -> Any:
     if _accepts_text(hint):
         return text
     if typing.get_origin(hint) is tuple and not text.startswith("["):
-        return [part for part in text.split(",") if part]
+        if _accepts_text(typing.get_args(hint)[0]):
+            return [part for part in text.split(",") if part]
+        text = f"[{text}]"
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -207,7 +209,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

@@ -6,6 +6,7 @@ A sentencepiece BPE model with byte fallback, so that no text is unknown. Captio
 
 import heapq
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ class Vocabulary:
 
         `random` decides alone, so the same generator state gives the same ids on any machine.
         """
-        text = SPACE + clean(caption).replace(" ", SPACE)
-        pieces = list(text)
+        text = clean(caption).replace(" ", SPACE)
+        pieces = list(SPACE + text) if text else []
         while True:
             merges = [
                 (-self._scores[self._ids[a + b]], i)
@@ -67,7 +68,7 @@ def learn_vocabulary(captions: list[str], size: int, folder: Path, settings: dic
     """Learn a vocabulary of `size` entries (256 of them bytes) and write it as a `vocab` folder.
 
     Deterministic in the captions and their order. SettingError if the captions hold too little text
-    for the size.
+    for the size, or too many characters.
     """
     model = io.BytesIO()
     try:
@@ -86,8 +87,9 @@ def learn_vocabulary(captions: list[str], size: int, folder: Path, settings: dic
             minloglevel=2,
         )
     except RuntimeError as error:
-        limit = str(error).rsplit("<= ", 1)[-1].rstrip(".") if "<= " in str(error) else None
-        hint = f"; at most {limit} for these captions" if limit else f" ({error})"
+        most = re.search(r"value <= (\d+)", str(error))
+        least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        hint = f"; at most {most[1]}" if most else f"; at least {least[1]}" if least else f" ({error})"
         raise SettingError(f"vocab_size={size} does not fit {len(captions)} captions{hint}") from None
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / MODEL_NAME, model.getvalue())

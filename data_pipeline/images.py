@@ -1,14 +1,14 @@
 """Pictures as bytes <-> RGB arrays: decode whatever comes, resize, crop, encode.
 
 The format is read from the bytes, never from the file's name. Transparent pictures are flattened
-on white; grey, palette and CMYK become RGB.
+on white; grey, palette and CMYK become RGB; a camera's orientation tag is obeyed.
 """
 
 import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 IMAGE_ENDINGS = ("webp", "jpg", "jpeg", "png", "gif", "bmp", "tif", "tiff")
 
@@ -26,11 +26,20 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             if image.width * image.height > max_pixels:
                 raise ImageProblem("image too large")
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(_upright(image))
     except ImageProblem:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageProblem("image too large") from error
     except Exception as error:  # decoders raise whatever their library does on bad bytes
         raise ImageProblem("image unreadable") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken tag says nothing against the picture
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -54,12 +63,15 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
 
 
 def encode(image: Image.Image, ending: str, quality: int) -> bytes:
-    """The picture as png (lossless), webp or jpg bytes."""
+    """The picture as png (lossless), webp or jpg bytes; ImageProblem if the format cannot hold its size."""
     out = io.BytesIO()
-    if ending == "png":
-        image.save(out, "png")
-    else:
-        image.save(out, {"webp": "webp", "jpg": "jpeg"}[ending], quality=quality)
+    try:
+        if ending == "png":
+            image.save(out, "png")
+        else:
+            image.save(out, {"webp": "webp", "jpg": "jpeg"}[ending], quality=quality)
+    except (OSError, ValueError) as error:
+        raise ImageProblem(f"image too long for {ending}") from error
     return out.getvalue()
 
 

@@ -9,10 +9,13 @@ and OUT/report.json and report.html. Can be killed and run again: finished shard
 """
 
 import html
+import itertools
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,15 +24,15 @@ from typing import Literal
 from cluster.command import Command, run_command
 from cluster.manifest import FolderError, is_done, read_manifest, write_bytes, write_json, write_manifest
 from cluster.metrics import Progress
-from cluster.settings import SettingError, setting, to_dict
+from cluster.settings import SettingError, UserError, setting, to_dict
 from data_pipeline.bpe import learn_vocabulary
 from data_pipeline.captions import find_caption
 from data_pipeline.images import IMAGE_ENDINGS, ImageProblem, decode, encode, shrink
-from data_pipeline.shards import Sample, ShardError, open_shard, write_shard
+from data_pipeline.shards import Sample, ShardError, open_shard, plain_key, write_shard
 from data_pipeline.sources import Part, find_parts, fraction_of, read_part
 
 SPLITS = ("train", "heldout")
-EMBEDDED = "emoji"
+Job = tuple[Part, Path, "PreprocessConfig"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class PreprocessConfig:
             raise SettingError(f"heldout_fraction={self.heldout_fraction} must be at least 0 and below 1")
         if self.vocab_size <= 256:
             raise SettingError(f"vocab_size={self.vocab_size} must be above 256 (the bytes alone are 256)")
+        if not 1 <= self.image_quality <= 100:
+            raise SettingError(f"image_quality={self.image_quality} must be from 1 to 100")
         for name in ("image_side", "samples_per_shard", "workers", "max_pixels"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
@@ -119,7 +124,7 @@ def _convert(sample: Sample, config: PreprocessConfig, fates: Counter[str], seen
     fates["read"] += 1
     caption = find_caption(sample.files, config.caption_field)
     picture = next((sample.files[e] for e in IMAGE_ENDINGS if e in sample.files), None)
-    key = sample.key.replace("/", "_")
+    key = plain_key(sample.key)
     reason = "no picture" if picture is None else "no caption" if not caption else ""
     if key in seen:
         reason = "key used twice"
@@ -128,11 +133,12 @@ def _convert(sample: Sample, config: PreprocessConfig, fates: Counter[str], seen
         return None
     try:
         image = shrink(decode(picture, config.max_pixels), config.image_side)
+        stored = encode(image, config.image_format, config.image_quality)
     except ImageProblem as problem:
         fates[f"dropped: {problem}"] += 1
         return None
     seen.add(key)
-    files = {config.image_format: encode(image, config.image_format, config.image_quality), "txt": caption.encode()}
+    files = {config.image_format: stored, "txt": caption.encode()}
     return Sample(key, files | ({"json": sample.files["json"]} if "json" in sample.files else {}))
 
 
@@ -140,17 +146,24 @@ def _convert_all(parts: list[Part], images: Path, config: PreprocessConfig) -> C
     jobs = [(part, images, config) for part in parts]
     progress = Progress("preprocess", len(parts), unit="shard")
     fates: Counter[str] = Counter()
-    with get_context("spawn").Pool(min(config.workers, len(parts))) as pool:
-        results = pool.imap_unordered(_convert_job, jobs) if config.workers > 1 else map(_convert_job, jobs)
-        for result in results:
-            fates += result
-            progress.advance(note=f"{fates['kept: train'] + fates['kept: heldout']} pairs kept")
+    for result in _in_processes(jobs, config.workers) if config.workers > 1 else itertools.starmap(convert_part, jobs):
+        fates += result
+        progress.advance(note=f"{fates['kept: train'] + fates['kept: heldout']} pairs kept")
     progress.close()
     return fates
 
 
-def _convert_job(job: tuple[Part, Path, PreprocessConfig]) -> Counter[str]:
-    return convert_part(*job)
+def _in_processes(jobs: list[Job], workers: int) -> Iterator[Counter[str]]:
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"))
+    try:
+        for done in as_completed([pool.submit(convert_part, *job) for job in jobs]):
+            yield done.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker was killed (out of memory?); run the same command again, with fewer workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _finish(config: PreprocessConfig, settings: dict, out: Path, images: Path, fates: Counter[str]) -> None:

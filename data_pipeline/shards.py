@@ -5,10 +5,13 @@ bytes, sha256 and each member's offset. The index is written last, so a tar with
 unfinished. Same samples, same bytes.
 """
 
+import hashlib
 import io
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +20,7 @@ from cluster.manifest import FolderError, file_digest, write_json
 from cluster.settings import UserError
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+KEY_BYTES = 90  # with its ending a name must fit the 100 bytes of a ustar header
 
 
 class ShardError(UserError):
@@ -52,10 +56,22 @@ class Shard:
         return Sample(self.keys[number], files)
 
 
+def plain_key(name: str) -> str:
+    """A KEY out of any name: no folders, dots (WebDataset cuts at the first) or broken bytes, and not too long."""
+    text = name.removeprefix("./").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    key = text.replace("/", "_").replace(".", "_") or "_"
+    whole = key.encode()
+    if len(whole) > KEY_BYTES:
+        digest = hashlib.sha256(whole).hexdigest()[:16]
+        key = f"{whole[: KEY_BYTES - 17].decode(errors='ignore')}-{digest}"
+    return key
+
+
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard | None:
     """Write samples as `path` and its index; None, and no file, if there are no samples."""
     part = path.with_name(path.name + ".part")
-    keys, places = [], []
+    keys: list[str] = []
+    places: list[dict[str, tuple[int, int]]] = []
     with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             keys.append(sample.key)
@@ -101,8 +117,9 @@ def is_finished(path: Path) -> bool:
 def read_foreign(path: Path) -> Iterator[Sample]:
     """Samples of any WebDataset tar, in file order, compressed or not.
 
-    Adjacent members that share the name up to the first dot are one sample. Ends with ShardError
-    when the tar is cut, garbled or empty: tarfile and webdataset stop there in silence.
+    Adjacent members that share the name up to the first dot are one sample, until an ending repeats.
+    Ends with ShardError when the tar is cut, garbled or empty: tarfile and webdataset stop there in
+    silence.
     """
     count = 0
     try:
@@ -111,8 +128,8 @@ def read_foreign(path: Path) -> Iterator[Sample]:
                 count += 1
                 yield sample
             _check_end(path, tar, count)
-    except (tarfile.ReadError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, tarfile.ReadError):
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ShardError(f"{path} is truncated or not a tar after {count} samples ({error})") from None
     if count == 0:
@@ -120,14 +137,15 @@ def read_foreign(path: Path) -> Iterator[Sample]:
 
 
 def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
-    key, files = "", {}
+    key = ""
+    files: dict[str, bytes] = {}
     for member in tar:
         if member.isdir():
             continue
         if not member.isfile() or member.name.startswith("/") or ".." in member.name.split("/"):
             raise ShardError(f"{path}: member {member.name!r} is a link or leaves its folder; refused")
         stem, ending = _split(member.name)
-        if stem != key and files:
+        if files and (stem != key or ending in files):
             yield Sample(key, files)
             files = {}
         key = stem
@@ -144,13 +162,20 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _check_end(path: Path, tar: tarfile.TarFile, count: int) -> None:
-    """A whole tar ends with a block of zeros; anything else means that it was cut or garbled there."""
+    """A whole tar ends with a block of zeros, and zeros; anything else means that it was cut or garbled there.
+
+    Reading to the end also makes gzip check its checksum.
+    """
     file = tar.fileobj
     assert file is not None
     file.seek(tar.offset)
     block = file.read(512)
     if len(block) < 512 or any(block):
         raise ShardError(f"{path} is truncated or garbled after {count} samples (no end mark)")
+    while block:
+        block = file.read(1 << 20)
+        if block.strip(b"\0"):
+            raise ShardError(f"{path} goes on behind its end mark after {count} samples (tars joined with cat?)")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:

@@ -25,6 +25,7 @@ class Part:
     split: str
     number: int
     paths: tuple[Path, ...]
+    root: Path  # loose pictures are named by their path from here
 
 
 def find_parts(source: str, samples_per_part: int, split: str) -> list[Part]:
@@ -33,11 +34,12 @@ def find_parts(source: str, samples_per_part: int, split: str) -> list[Part]:
     `source` is a folder, a tar, a brace pattern `x{000..041}.tar`, or `emoji:train` / `emoji:heldout`.
     """
     tars, loose = _find_files(source)
-    groups = [(tar,) for tar in tars]
+    groups: list[tuple[Path, ...]] = [(tar,) for tar in tars]
     groups += [tuple(loose[i : i + samples_per_part]) for i in range(0, len(loose), samples_per_part)]
     if not groups:
         raise FolderError(f"{source} holds no tar and no picture ({', '.join(IMAGE_ENDINGS)})")
-    return [Part(split, number, paths) for number, paths in enumerate(groups)]
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    return [Part(split, number, paths, root) for number, paths in enumerate(groups)]
 
 
 def read_part(part: Part) -> Iterator[Sample]:
@@ -48,7 +50,9 @@ def read_part(part: Part) -> Iterator[Sample]:
         else:
             beside = {ending: path.with_suffix(f".{ending}") for ending in BESIDE}
             files = {ending: file.read_bytes() for ending, file in beside.items() if file.is_file()}
-            yield Sample(path.stem, {path.suffix[1:].lower(): path.read_bytes()} | files)
+            yield Sample(
+                str(path.relative_to(part.root).with_suffix("")), {path.suffix[1:].lower(): path.read_bytes()} | files
+            )
 
 
 def fraction_of(key: str) -> float:
@@ -67,7 +71,9 @@ def _find_files(source: str) -> tuple[list[Path], list[Path]]:
         raise FolderError(f"source {missing[0]} does not exist{more}")
     if not paths[0].is_dir():
         return paths, []
-    files = sorted(path for path in paths[0].rglob("*") if path.is_file() and "_tmp" not in path.parts)
+    files = sorted(
+        path for path in paths[0].rglob("*") if path.is_file() and "_tmp" not in path.relative_to(paths[0]).parts
+    )
     tars = [path for path in files if path.name.endswith(TAR_ENDINGS)]
     loose = [path for path in files if path.suffix[1:].lower() in IMAGE_ENDINGS]
     return (tars, []) if tars else ([], loose)

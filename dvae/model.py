@@ -9,7 +9,6 @@ Axes: B batch, C channels, K codebook, G grid side, P = image side.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,9 +35,7 @@ class Block(nn.Module):
         widths = (n_in, hidden, hidden, hidden, n_out)
         self.gain = gain
         self.skip = Conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.convs = nn.ModuleList(
-            Conv(a, b, k) for a, b, k in zip(widths[:-1], widths[1:], kernels, strict=True)
-        )
+        self.convs = nn.ModuleList(Conv(a, b, k) for a, b, k in zip(widths[:-1], widths[1:], kernels, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x

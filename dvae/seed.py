@@ -21,7 +21,7 @@ from dvae.model import Block, Conv, Dvae
 
 N_PATCHES = 65_536  # patches the statistics are taken from
 ROUNDS = 10  # of k-means
-MARGIN_NATS = 2.0  # median lead of the nearest code over the next, before noise
+MARGIN_NATS = 12.0  # median lead of the nearest code over the next, before noise
 LOG_SCALE = -1.0  # first ln b of the likelihood: about the error of the linear codec in logit space
 
 

@@ -48,7 +48,7 @@ class Trainer:
         if config.start == "seeded":
             pictures = first_pictures(shards, N_SEED_PICTURES, config.model.image_side)
             seed_codes(model, map_pixels(pictures), torch.Generator().manual_seed(config.seed))
-        self.model: nn.Module = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: Dvae = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
         )

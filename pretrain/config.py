@@ -55,7 +55,9 @@ class TrainConfig:
     out: str = setting("runs/train", "run folder to write")
     n_steps: int = setting(1000, "updates")
     seed: int = setting(0, "decides the initial weights")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "of the weights' working copy and activations")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "auto: bf16 where the device computes in it, else fp32"
+    )
     zero_stage: int = setting(1, "DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights")
     text_weight: float = setting(0.125, "share of the text loss; the image has the rest (the paper: 1/8)")
     bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training (the paper: 0.1)")

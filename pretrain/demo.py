@@ -75,17 +75,14 @@ def stages(config: DemoConfig) -> list[Stage]:
     count = config.processes or torch.cuda.device_count() or 2
     flag = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
     launcher = ["-m", "deepspeed.launcher.runner", flag, str(count), "--module", "pretrain.train"]
+    drawn = [f"candidates={config.candidates}", f"out={out}/samples"]
     return [
         Stage("preprocess", ["emoji", f"out={data}"], []),
         Stage("dvae", ["emoji-64", images, f"out={runs}/dvae", *shlex.split(config.dvae)], []),
         Stage("tokenise", [images, vocab, dvae, f"out={tokens.partition('=')[2]}"], []),
         Stage("train", ["emoji", tokens, vocab, f"out={runs}/train", *shlex.split(config.train)], launcher),
         Stage("scorer", ["emoji", images, vocab, f"out={runs}/scorer", *shlex.split(config.scorer)], []),
-        Stage(
-            "sample",
-            [f"captions={out}/captions.txt", model, dvae, vocab, f"candidates={config.candidates}", f"out={out}/samples"],
-            [],
-        ),
+        Stage("sample", [f"captions={out}/captions.txt", model, dvae, vocab, *drawn], []),
         Stage("rerank", [f"samples={out}/samples", f"scorer={runs}/scorer", vocab, f"out={out}/ranked"], []),
     ]
 
@@ -121,16 +118,23 @@ def demo(config: DemoConfig) -> None:
 
 
 def run_stage(stage: Stage) -> None:
-    """Run a stage as a process of its own; its failure is the demo's. Ctrl-C reaches it directly."""
+    """Run a stage as a process of its own; its failure is the demo's.
+
+    The stage gets its own session, so that Ctrl-C reaches only us; we pass it to the processes that
+    do the work and wait until they have saved. (DeepSpeed's launcher would die before them.)
+    """
     arguments = stage.launcher or ["-m", "pretrain.cli", stage.name]
-    process = subprocess.Popen([sys.executable, *arguments, *stage.words])
+    process = subprocess.Popen([sys.executable, *arguments, *stage.words], start_new_session=True)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM) if stage.launcher else None
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for worker in family:
+            if worker.is_running() and not worker.children():
+                worker.send_signal(signal.SIGINT)
         process.wait()
         raise
-    if code in (130, -signal.SIGINT):
+    if code == 130:
         raise KeyboardInterrupt
     if code:
         raise UserError(f"stage {stage.name} failed (exit {code}; its message is above): {stage.shown}")

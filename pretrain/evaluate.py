@@ -36,30 +36,38 @@ def evaluate(engine: Engine, heldout: HeldOut) -> dict[str, float]:
     is what the model takes from the text), and val/text_loss.
     """
     engine.evaluating()
-    text_sum = image_sum = shuffled_sum = n_text = n_image = 0.0
-    pairs = zip(_parts(engine, heldout.all), _parts(engine, heldout.with_other_captions()), strict=True)
-    for (true, counts), (other, _) in pairs:  # ZeRO-3 gathers weights in forward: all ranks do as many
-        tokens = (true.text != PAD).sum().item()
-        losses = engine.losses(true)
-        shuffled_sum += counts * engine.losses(other).image.item()
-        image_sum += counts * losses.image.item()
-        text_sum += (tokens * losses.text.item()) if counts else 0.0
-        n_image, n_text = n_image + counts, n_text + (tokens if counts else 0)
-    names = ("text", "image", "shuffled", "n_text", "n_image")
-    total = sum_over_ranks(engine.place, dict(zip(names, (text_sum, image_sum, shuffled_sum, n_text, n_image), strict=True)))
+    sums = dict.fromkeys(("text", "image", "shuffled", "words", "pictures"), 0.0)
+    other = heldout.with_other_captions()
+    for chosen, counted in _shares(engine, len(heldout)):
+        true = _part(heldout.all, chosen)
+        losses, shuffled = engine.losses(true), engine.losses(_part(other, chosen))
+        pictures = len(true.text) * counted
+        words = (true.text != PAD).sum().item() * counted
+        sums["pictures"] += pictures
+        sums["words"] += words
+        sums["image"] += pictures * losses.image.item()
+        sums["shuffled"] += pictures * shuffled.image.item()
+        sums["text"] += words * losses.text.item()
+    total = sum_over_ranks(engine.place, sums)
     return {
-        "val/image_loss": total["image"] / total["n_image"],
-        "val/image_loss_shuffled": total["shuffled"] / total["n_image"],
-        "val/text_loss": total["text"] / max(total["n_text"], 1),
+        "val/image_loss": total["image"] / total["pictures"],
+        "val/image_loss_shuffled": total["shuffled"] / total["pictures"],
+        "val/text_loss": total["text"] / max(total["words"], 1),
     }
 
 
-def _parts(engine: Engine, batch: TokenBatch) -> Iterator[tuple[TokenBatch, int]]:
-    """This rank's share in equal steps on every rank; a rank with nothing left gets sample 0, counted 0."""
-    local = max(1, engine.config.data.batch // engine.place.world_size)
-    step = local * engine.place.world_size
-    for first in range(0, len(batch.text), step):
-        at = first + engine.place.rank * local
-        chosen = slice(at, at + local) if at < len(batch.text) else slice(0, 1)
-        part = TokenBatch(batch.text[chosen], batch.image[chosen], batch.keys[chosen])
-        yield part, len(part.text) if at < len(batch.text) else 0
+def _shares(engine: Engine, count: int) -> Iterator[tuple[slice, bool]]:
+    """This rank's slices of `count` samples, and whether they count.
+
+    Every rank gets as many slices (ZeRO-3 gathers weights in each forward pass, so all must take
+    part); a rank with nothing left runs sample 0 and does not count it.
+    """
+    place = engine.place
+    local = max(1, engine.config.data.batch // place.world_size)
+    for first in range(0, count, local * place.world_size):
+        at = first + place.rank * local
+        yield (slice(at, at + local), True) if at < count else (slice(0, 1), False)
+
+
+def _part(batch: TokenBatch, chosen: slice) -> TokenBatch:
+    return TokenBatch(batch.text[chosen], batch.image[chosen], batch.keys[chosen])

@@ -21,13 +21,16 @@ from pretrain.pictures import read_rows
 
 N_RECONSTRUCTIONS = 24
 N_SHOWN = 8  # ranked candidates beside the real picture
+CELL = 84  # pixels a picture is shown at
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2.5em auto;padding:0 1em;color:#222}
 h1{font-size:2em;margin-bottom:0} h2{margin-top:2em;border-bottom:2px solid #e7a33e;padding-bottom:.15em}
 img{max-width:100%} .wall img{width:84px;height:84px;image-rendering:auto;border-radius:4px}
-.wall td{padding:3px;vertical-align:middle} .wall td:first-child{font-size:14px;width:190px;text-align:right;padding-right:12px}
-.real{border-right:3px solid #e7a33e;padding-right:10px!important} pre{background:#f5f2ec;padding:1em;overflow-x:auto;font-size:13px}
+.wall td{padding:3px;vertical-align:middle}
+.wall td:first-child{font-size:14px;width:190px;text-align:right;padding-right:12px}
+.real{border-right:3px solid #e7a33e;padding-right:10px!important}
+pre{background:#f5f2ec;padding:1em;overflow-x:auto;font-size:13px}
 table.n td{padding:.15em 1.5em .15em 0} small{color:#666}
 """
 
@@ -90,7 +93,8 @@ def draw_reconstructions(out: Path) -> Image.Image:
     lines = [torch.cat(list(pairs[i : i + half].flatten(2, 3)), -1) for i in range(0, len(pairs), half)]
     sheet = torch.cat(lines, 1) if len({line.shape for line in lines}) == 1 else lines[0]
     array = (sheet * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(array).resize((array.shape[1] * 84 // side, array.shape[0] * 84 // side), Image.Resampling.LANCZOS)
+    size = (array.shape[1] * CELL // side, array.shape[0] * CELL // side)
+    return Image.fromarray(array).resize(size, Image.Resampling.LANCZOS)
 
 
 def read_wall(out: Path) -> list[tuple[str, Image.Image, list[Image.Image]]]:
@@ -106,10 +110,11 @@ def read_wall(out: Path) -> list[tuple[str, Image.Image, list[Image.Image]]]:
 
 def _rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     dvae, transformer, scorer = numbers["dvae"], numbers["transformer"], numbers["scorer"]
+    used, perplexity = f"{dvae['codes_used']:.0%} of {dvae['codebook']:,}", f"perplexity {dvae['perplexity']:.0f}"
     gap = transformer["image_loss_shuffled"] - transformer["image_loss_true"]
     return [
         ("dVAE, held-out PSNR", f"{dvae['psnr_db']:.2f} dB (of the mean error: {dvae['psnr_of_mean_db']:.2f} dB)"),
-        ("codes in use on held-out pictures", f"{dvae['codes_used']:.0%} of {dvae['codebook']:,}; perplexity {dvae['perplexity']:.0f}"),
+        ("codes in use on held-out pictures", f"{used}; {perplexity}"),
         ("transformer, held-out image loss", f"{transformer['image_loss_true']:.3f} nats per token"),
         ("... with shuffled captions", f"{transformer['image_loss_shuffled']:.3f} nats: {gap:.3f} more"),
         ("scorer, true picture in best 5 of 64", f"{scorer['top5_of_64']:.0%} of held-out captions"),
@@ -145,7 +150,7 @@ def _html(numbers: dict[str, Any], commands: list[str], curves: Image.Image, mos
 
 def _poster(numbers: dict[str, Any], curves: Image.Image, mosaic: Image.Image, wall: list) -> Image.Image:
     """The page's essence as one picture."""
-    width, cell, margin = curves.width, 84, 24
+    width, cell, margin = curves.width, CELL, 24
     shown = wall[:16]
     height = 120 + 26 * len(_rows(numbers)) + len(shown) * (cell + 6) + mosaic.height + curves.height + 5 * margin
     sheet = Image.new("RGB", (width, height), "white")

@@ -82,7 +82,8 @@ def sample(config: SampleConfig) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             pictures = draw_caption(config, model, dvae, caption, text[number])
             for candidate, picture in enumerate(pictures):
-                save_png(folder / f"{candidate:02d}.png", picture, {"caption": caption, "candidate": candidate} | origin)
+                own = {"caption": caption, "candidate": candidate}
+                save_png(folder / f"{candidate:02d}.png", picture, own | origin)
             write_json(folder / "done.json", origin | {"caption": caption})
         progress.advance(config.candidates)
     progress.close()
@@ -157,7 +158,8 @@ def _finish(out: Path, captions: list[str], config: SampleConfig, settings: dict
     save_rows(out, rows)
     caption_grid(out, rows)
     counts = {"captions": len(captions), "candidates": config.candidates}
-    write_manifest(out, "samples", settings, counts, ["samples.jsonl", *(row["file"] for row in rows)], made_from)
+    files = ["samples.jsonl", *(str(row["file"]) for row in rows)]
+    write_manifest(out, "samples", settings, counts, files, made_from)
     print(f"{len(rows)} pictures of {len(captions)} captions in {out}; overview in {out / 'grid.png'}")
 
 

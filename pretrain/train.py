@@ -9,12 +9,12 @@ Ctrl-C, SIGTERM and SIGUSR1 save at the next step edge; the same command goes on
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cluster.command import Command, run_command
 from cluster.manifest import refuse_other_origin
-from cluster.process import Place, joined_place, share_cores
+from cluster.process import Place, computes_bf16, joined_place, share_cores
 from cluster.run import Run, due
 from data_pipeline.bpe import open_vocabulary
 from data_pipeline.loader import Shards, TokenBatches
@@ -69,6 +69,8 @@ def run_train(config: TrainConfig) -> None:
     """Join the job and train."""
     with joined_place() as place:
         share_cores(place)
+        if config.precision == "auto":  # the run's record names what was used
+            config = replace(config, precision="bf16" if computes_bf16(place) else "fp32")
         train(config, place)
 
 

@@ -37,7 +37,8 @@ def read_cells(folder: Path) -> dict[tuple[str, str], tuple[bytes, dict]]:
         with tarfile.open(path) as tar:
             for member in tar:
                 key, ending = member.name.split(".", 1)
-                members.setdefault(key, {})[ending] = tar.extractfile(member).read()
+                content = tar.extractfile(member)
+                members.setdefault(key, {})[ending] = content.read() if content else b""
         for files in members.values():
             about = json.loads(files["json"])
             cells[about["concept"], about["style"]] = files["webp"], about
@@ -63,20 +64,23 @@ def encode(picture: bytes) -> bytes:
 
 
 def write_shard(path: Path, cells: list, source: dict) -> None:
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
-        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, cell in enumerate(cells):
-                picture, about = source[cell]
-                kept = {name: about[name] for name in ("concept", "style", "group", "license")}
-                key = f"{path.name.split('.')[0]}-{number:04d}"
-                for ending, data in (
-                    ("webp", encode(picture)),
-                    ("txt", about["caption"].encode()),
-                    ("json", json.dumps(kept).encode()),
-                ):
-                    member = tarfile.TarInfo(f"{key}.{ending}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+    with (
+        open(path, "wb") as raw,
+        gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for number, cell in enumerate(cells):
+            picture, about = source[cell]
+            kept = {name: about[name] for name in ("concept", "style", "group", "license")}
+            key = f"{path.name.split('.')[0]}-{number:04d}"
+            for ending, data in (
+                ("webp", encode(picture)),
+                ("txt", about["caption"].encode()),
+                ("json", json.dumps(kept).encode()),
+            ):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def main(words: list[str]) -> None:

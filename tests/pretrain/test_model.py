@@ -44,7 +44,10 @@ def test_each_image_logit_sees_all_of_the_promised_past_and_no_future() -> None:
     slots = slots.detach().requires_grad_()
     hidden = net.hidden(slots)
     depends = torch.stack(
-        [torch.autograd.grad(hidden[0, 6 + i].sum(), slots, retain_graph=True)[0][0].abs().sum(-1) > 0 for i in range(16)]
+        [
+            torch.autograd.grad(hidden[0, 6 + i].sum(), slots, retain_graph=True)[0][0].abs().sum(-1) > 0
+            for i in range(16)
+        ]
     )
     assert torch.equal(depends, reach())
     assert torch.equal(depends, torch.ones(16, 22).tril(6).bool())  # at this depth: the whole past

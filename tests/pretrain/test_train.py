@@ -1,0 +1,102 @@
+"""Training through DeepSpeed: any stage and world size agrees, a killed run resumes bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_TRAIN, smalti
+from safetensors.torch import load_file
+
+from cluster.metrics import read_metrics
+
+
+def losses(run: Path) -> list[float]:
+    return [record["train/loss"] for record in read_metrics(run) if "train/loss" in record]
+
+
+def train(words: list[str], out: Path, processes: int = 1) -> Path:
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"] if processes > 1 else []
+    )
+    command = [sys.executable, *launcher, "-m", "pretrain.train", *words, f"out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed one-process run that the others are held against."""
+    words = [*SMALL_TRAIN, f"tokens={tiny}/data/tokens", f"vocab={tiny}/data/vocab"]
+    return train([*words, "zero_stage=0"], tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_a_run_learns_and_is_released(plain: Path) -> None:
+    logged = losses(plain)
+    assert len(logged) == 12 and logged[-1] < logged[0] - 0.5
+    weights = load_file(plain / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    counts = json.loads((plain / "manifest.json").read_text())["counts"]
+    assert counts["steps"] == 12 and 0 < counts["val/image_loss"] < 6
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_at_every_zero_stage_equal_one(
+    stage: int, plain: Path, train_words: list[str], tmp_path: Path
+) -> None:
+    sharded = train([*train_words, f"zero_stage={stage}"], tmp_path / "run", processes=2)
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
+    want, got = load_file(plain / "model.safetensors"), load_file(sharded / "model.safetensors")
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=2e-3, rtol=1e-2)
+
+
+def test_a_killed_run_resumes_bit_for_bit(plain: Path, train_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*train_words, "zero_stage=0", f"out={out}"]
+    process = subprocess.Popen([sys.executable, "-m", "pretrain.train", *words], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (out / "checkpoints" / "latest").is_file() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(losses(out)) < 12
+    resumed = smalti("train", *words)
+    assert "resumed at step" in resumed.stderr
+    assert losses(out) == losses(plain)
+    want, got = load_file(plain / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_a_stop_signal_saves_and_the_same_command_goes_on(plain: Path, train_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*train_words, "zero_stage=0", "save_every=1000", f"out={out}"]
+    process = subprocess.Popen([sys.executable, "-m", "pretrain.train", *words], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not losses(out) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "saved at step" in said and "Traceback" not in said
+    smalti("train", *words)
+    assert losses(out) == losses(plain)
+
+
+def test_a_finished_run_is_not_run_again(plain: Path, train_words: list[str]) -> None:
+    before = (plain / "model.safetensors").stat().st_mtime_ns
+    again = smalti("train", *train_words, "zero_stage=0", f"out={plain}")
+    assert "finished already" in again.stdout
+    assert (plain / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_architecture_is_refused_by_name(plain: Path, train_words: list[str]) -> None:
+    refused = smalti("train", *train_words, "zero_stage=0", "model.n_layers=3", f"out={plain}", check=False)
+    assert refused.returncode == 1
+    assert "model.n_layers: 2 there, 3 here" in refused.stderr and "Traceback" not in refused.stderr

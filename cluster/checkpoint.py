@@ -88,8 +88,10 @@ class Checkpoints:
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file has its size and digest."""
     try:
-        files = json.loads((folder / SEAL).read_text())["files"]
-        sealed = [(name, record["bytes"], record["sha256"]) for name, record in files.items()]
+        seal = json.loads((folder / SEAL).read_text())
+        sealed = [(name, record["bytes"], record["sha256"]) for name, record in seal["files"].items()]
+        if not isinstance(seal["about"], dict):
+            raise TypeError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {SEAL} is missing or unreadable (the save did not finish)"
     for name, n_bytes, digest in sealed:

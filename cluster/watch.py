@@ -10,7 +10,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopWatch:
-    """Listens for Ctrl-C, SIGTERM and SIGUSR1 from `start` on; a second signal stops at once."""
+    """Listens for Ctrl-C, SIGTERM and SIGUSR1 from `start` on; the same signal again stops at once.
+
+    The same, because a launcher passes one Ctrl-C on as SIGINT from the terminal and SIGTERM from itself.
+    """
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -25,6 +28,6 @@ class StopWatch:
         return all_agree(self.place, self.signal is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == self.signal:
+        if number == self.signal:
             os._exit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number

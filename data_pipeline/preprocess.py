@@ -39,7 +39,7 @@ Job = tuple[Part, Path, "PreprocessConfig"]
 class PreprocessConfig:
     """What is read, what is kept, and how it is stored."""
 
-    source: str = setting("", "folder, tar or tars{00..07}.tar of pairs; 'emoji' is the embedded set")
+    source: str = setting("", "folder, tar or tars{00..07}.tar of pairs; 'emoji:train' is the embedded set")
     heldout_source: str = setting("", "pairs held out from training; empty: heldout_fraction of source")
     heldout_fraction: float = setting(0.01, "share of source held out, by a hash of the key")
     out: str = setting("data", "folder to write")
@@ -67,7 +67,7 @@ class PreprocessConfig:
 def preprocess(config: PreprocessConfig) -> None:
     """Run the stage; see the module's text."""
     if not config.source:
-        raise SettingError("source is empty: name a folder or tar of image-caption pairs, or use source=emoji")
+        raise SettingError("source is empty: name a folder or tar of image-caption pairs, or use source=emoji:train")
     out, images = Path(config.out), Path(config.out) / "images"
     # what changes only where or how fast leaves the same bytes, so it is no part of the identity
     settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers")}
@@ -175,7 +175,7 @@ def _finish(config: PreprocessConfig, settings: dict, out: Path, images: Path, f
     files = [path.name for split in SPLITS for path in shards[split]]
     manifest = write_manifest(images, "images", settings, counts, files, {})
     opened = [open_shard(path) for path in shards["train"]]
-    captions = [shard.read(i).files["txt"].decode() for shard in opened for i in range(len(shard))]
+    captions = [shard.read_text(i) for shard in opened for i in range(len(shard))]
     learn_vocabulary(captions, config.vocab_size, out / "vocab", settings, manifest.fingerprint)
     print(f"{counts['train']} training and {counts['heldout']} held-out pairs in {images}; report in {out}/report.html")
 

@@ -48,12 +48,19 @@ class Shard:
 
     def read(self, number: int) -> Sample:
         """Sample `number` of the shard, read by offset; ShardError if the tar is shorter than its index."""
+        return Sample(self.keys[number], self._read(number, self.places[number]))
+
+    def read_text(self, number: int) -> str:
+        """The caption of sample `number`, without its other members."""
+        return self._read(number, {"txt": self.places[number]["txt"]})["txt"].decode()
+
+    def _read(self, number: int, wanted: dict[str, tuple[int, int]]) -> dict[str, bytes]:
         with open(self.path, "rb") as file:
-            files = {ending: os.pread(file.fileno(), n, at) for ending, (at, n) in self.places[number].items()}
-        for ending, (_, n) in self.places[number].items():
+            files = {ending: os.pread(file.fileno(), n, at) for ending, (at, n) in wanted.items()}
+        for ending, (_, n) in wanted.items():
             if len(files[ending]) != n:
                 raise ShardError(f"{self.path} is shorter than its index says: {self.keys[number]}.{ending} is cut")
-        return Sample(self.keys[number], files)
+        return files
 
 
 def plain_key(name: str) -> str:

@@ -63,7 +63,10 @@ def fraction_of(key: str) -> float:
 def _find_files(source: str) -> tuple[list[Path], list[Path]]:
     """(tars, loose pictures) of a source; a folder with tars gives only its tars."""
     if source.startswith("emoji:"):
-        return sorted(EMBEDDED.glob(f"{source.partition(':')[2]}-*.tar.gz")), []
+        tars = sorted(EMBEDDED.glob(f"{source.partition(':')[2]}-*.tar.gz"))
+        if not tars:
+            raise FolderError(f"{source} is not embedded; there are emoji:train and emoji:heldout")
+        return tars, []
     paths = [Path(name) for name in _expand(source)]
     missing = [path for path in paths if not path.exists()]
     if missing:

@@ -10,6 +10,7 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from cluster.manifest import FolderError, is_done, read_manifest, write_bytes, w
 from cluster.metrics import Progress
 from cluster.process import lone_place
 from cluster.settings import SettingError, setting
-from data_pipeline.bpe import open_vocabulary
+from data_pipeline.bpe import Vocabulary, open_vocabulary
 from data_pipeline.loader import Shards, picture_of, to_pixels
 from data_pipeline.shards import Sample, Shard, is_finished, write_shard
 from dvae.likelihood import map_pixels
@@ -46,7 +47,7 @@ def tokenise(config: TokeniseConfig) -> None:
     """Run the stage; see the module's text."""
     place = lone_place()
     model, dvae = open_dvae(Path(config.dvae), place.device)
-    _, vocab = open_vocabulary(Path(config.vocab))
+    vocabulary, vocab = open_vocabulary(Path(config.vocab))
     images, out = Path(config.images), Path(config.out)
     manifest = read_manifest(images, "images")
     made_from = {"images": manifest.fingerprint, "dvae": dvae.fingerprint, "vocab": vocab}
@@ -63,8 +64,9 @@ def tokenise(config: TokeniseConfig) -> None:
                 write_shard(out / shard.path.name, encode_shard(shard, model, config.batch, place.device))
             progress.advance(len(shard))
     progress.close()
-    counts = {split: len(shards) for split, shards in splits.items()}
+    counts: dict[str, Any] = {split: len(shards) for split, shards in splits.items()}
     counts |= {"codebook": model.config.codebook, "grid": model.config.grid, "crops": 1}
+    counts["captions_by_tokens"] = captions_by_tokens(splits["train"], vocabulary)
     names = sorted(name for shards in splits.values() for name in (s.path.name for s in shards.shards))
     write_manifest(out, "tokens", {}, counts, names, made_from)
     print(f"{sum(map(len, splits.values()))} pictures as {model.config.grid}x{model.config.grid} codes in {out}")
@@ -86,6 +88,12 @@ def encode_shard(shard: Shard, model: Dvae, batch: int, device: torch.device) ->
     return coded
 
 
+def captions_by_tokens(shards: Shards, vocabulary: Vocabulary) -> list[int]:
+    """How many captions have 0, 1, 2, ... tokens: from it training says how many it must cut."""
+    lengths = [len(vocabulary.encode(shard.read_text(i))) for shard in shards.shards for i in range(len(shard))]
+    return np.bincount(lengths).tolist()
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     """The array as the content of a .npy file."""
     out = io.BytesIO()
@@ -100,7 +108,7 @@ def _claim(path: Path, origin: str) -> None:
     write_bytes(path, origin.encode())
 
 
-COMMAND = Command("tokenise", TokeniseConfig, Path(__file__).parent / "configs", tokenise, __doc__)
+COMMAND = Command("tokenise", TokeniseConfig, Path(__file__).parent / "configs" / "tokenise", tokenise, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMAND, sys.argv[1:]))

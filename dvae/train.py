@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.command import Command, run_command
-from cluster.manifest import FolderError, Manifest, read_manifest
+from cluster.manifest import Manifest, read_manifest
 from cluster.process import Place, lone_place
 from cluster.run import Run, due
 from cluster.settings import from_dict
+from cluster.weights import WEIGHTS, load_state, load_weights, save_state, save_weights
 from data_pipeline.loader import ImageBatches, Shards, first_pictures
 from data_pipeline.order import GUMBEL, counter_random
 from dvae.config import DvaeConfig, DvaeTrainConfig
@@ -35,7 +35,6 @@ from kernels.reference import relaxed_codes
 
 N_SEED_PICTURES = 2_048
 N_EVALUATION = 1_024  # held-out pictures measured during training
-WEIGHTS = "model.safetensors"
 
 
 class Trainer:
@@ -88,13 +87,10 @@ class Trainer:
         return torch.rand(like.shape, device=like.device, generator=generator).clamp_(tiny, 1 - tiny)
 
     def save(self, folder: Path, tag: str) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / tag / "state.pt")
+        save_state(folder / tag, self.model, self.optimizer)
 
     def load(self, folder: Path, tag: str) -> None:
-        state = torch.load(folder / tag / "state.pt", map_location=self.place.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(folder / tag, self.model, self.optimizer, self.place.device)
 
 
 def effective_kl_weight(config: DvaeConfig, beta: float) -> float:
@@ -130,7 +126,7 @@ def train(config: DvaeTrainConfig) -> None:
             run.save(step + 1, trainer.save)
         if stop and step + 1 < config.n_steps:
             run.stopped(step + 1)
-    save_file({n: p.contiguous() for n, p in trainer.model.state_dict().items()}, run.folder / WEIGHTS)
+    save_weights(run.folder, trainer.model.state_dict())
     counts: dict[str, Any] = {"steps": config.n_steps} | measure(trainer.model, heldout, place.device)
     run.finish(counts, {"model_type": "smalti-dvae", **asdict(config.model)}, [WEIGHTS])
     run.close()
@@ -140,10 +136,7 @@ def open_dvae(folder: Path, device: torch.device) -> tuple[Dvae, Manifest]:
     """The trained dVAE of a finished run folder, in eval mode, and its manifest."""
     manifest = read_manifest(folder, "dvae")
     model = Dvae(from_dict(DvaeConfig, manifest.settings["model"]))
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, KeyError) as error:
-        raise FolderError(f"{folder / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from None
+    load_weights(folder, model)
     model.eval().to(device)
     return model, manifest
 

@@ -8,14 +8,14 @@ import importlib
 import logging
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from cluster.process import Place, mean_over_ranks, wait_for_all
+from cluster.weights import save_weights
 from data_pipeline.loader import TokenBatch
 from pretrain.config import TrainConfig
 from pretrain.model import Losses, Sizes, Transformer, text_image_loss
@@ -67,16 +67,13 @@ class Engine:
     def load(self, folder: Path, tag: str) -> None:
         self._engine.load_checkpoint(str(folder), tag=tag)
 
-    def release(self, path: Path) -> None:
-        """The whole weights in fp32 as one safetensors file, from any ZeRO stage."""
+    def release(self, folder: Path) -> None:
+        """The whole weights in fp32 as the release of a run folder, from any ZeRO stage."""
         parameters = list(self.model.parameters())
         with self._deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
             if self.place.is_main:
-                save_file({name: p.detach().float().cpu().clone() for name, p in self._named()}, path)
+                save_weights(folder, {name: p.float() for name, p in self.model.named_parameters()})
         wait_for_all(self.place)
-
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.model.named_parameters())
 
 
 def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
@@ -107,6 +104,7 @@ def _import_deepspeed(place: Place) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", place.device.type)
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
     if place.device.type == "cpu":
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)

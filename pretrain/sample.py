@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.command import Command, run_command
@@ -32,6 +31,7 @@ from cluster.manifest import (
 from cluster.metrics import Progress
 from cluster.process import lone_place
 from cluster.settings import SettingError, from_dict, to_dict
+from cluster.weights import load_weights
 from data_pipeline.bpe import Vocabulary, open_vocabulary
 from data_pipeline.loader import pad_text
 from dvae.likelihood import most_likely_pixels
@@ -41,7 +41,6 @@ from pretrain.config import SampleConfig, TransformerConfig
 from pretrain.draw import draw_codes, uniforms
 from pretrain.model import Sizes, Transformer
 from pretrain.pictures import caption_grid, save_rows
-from pretrain.train import WEIGHTS
 
 
 def open_transformer(folder: Path, device: torch.device) -> tuple[Transformer, Manifest]:
@@ -50,10 +49,7 @@ def open_transformer(folder: Path, device: torch.device) -> tuple[Transformer, M
     config = json.loads((folder / "config.json").read_text())
     sizes = Sizes(config["text_vocab"], config["codebook"], config["grid"])
     model = Transformer(from_dict(TransformerConfig, manifest.settings["model"]), sizes)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, KeyError) as error:
-        raise FolderError(f"{folder / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from None
+    load_weights(folder, model)
     return model.eval().to(device), manifest
 
 

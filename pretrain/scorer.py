@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.command import Command, run_command
-from cluster.manifest import FolderError, Manifest, read_manifest
+from cluster.manifest import Manifest, read_manifest
 from cluster.process import Place, lone_place
 from cluster.run import Run, due
 from cluster.settings import from_dict
+from cluster.weights import WEIGHTS, load_state, load_weights, save_state, save_weights
 from data_pipeline.bpe import Vocabulary, open_vocabulary
 from data_pipeline.loader import PAD, ImageBatch, ImageBatches, Shards, caption_of, pad_text, picture_of, to_pixels
 from data_pipeline.order import AUGMENT, DROPOUT, SAMPLE, counter_random
@@ -32,7 +32,6 @@ from pretrain.config import ScorerConfig, ScorerTrainConfig, TransformerConfig
 from pretrain.model import Layer
 from pretrain.optim import decay_groups, learning_rate
 
-WEIGHTS = "model.safetensors"
 FIRST_TEMPERATURE = 0.07  # CLIP section 2.5: logits start at cosine / 0.07
 MAX_SCALE = 100.0  # and are never scaled by more than 100
 RECALL_POOL, RECALL_BEST, RECALL_DRAWS = 64, 5, 50
@@ -115,7 +114,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = Scorer(config.model, vocabulary.size).to(place.device)
         self.optimizer = torch.optim.AdamW(
-            decay_groups(self.model, config.optim.weight_decay), betas=(config.optim.beta1, config.optim.beta2)
+            decay_groups(self.model, config.optim.weight_decay),
+            betas=(config.optim.beta1, config.optim.beta2),
+            eps=config.optim.eps,
         )
 
     def step(self, number: int, batch: ImageBatch) -> dict[str, float]:
@@ -134,13 +135,10 @@ class Trainer:
         return {"train/loss": loss.item(), "train/lr": lr, "train/grad_norm": norm.item()}
 
     def save(self, folder: Path, tag: str) -> None:
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / tag / "state.pt")
+        save_state(folder / tag, self.model, self.optimizer)
 
     def load(self, folder: Path, tag: str) -> None:
-        state = torch.load(folder / tag / "state.pt", map_location=self.place.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(folder / tag, self.model, self.optimizer, self.place.device)
 
 
 class HeldOut:
@@ -201,7 +199,7 @@ def train(config: ScorerTrainConfig) -> None:
             run.save(step + 1, trainer.save)
         if stop and step + 1 < config.n_steps:
             run.stopped(step + 1)
-    save_file(trainer.model.state_dict(), run.folder / WEIGHTS)
+    save_weights(run.folder, trainer.model.state_dict())
     counts = {"steps": config.n_steps} | evaluate(trainer.model, heldout, place.device)
     about = {"model_type": "smalti-scorer", "text_vocab": vocabulary.size, **asdict(config.model)}
     run.finish(counts, about, [WEIGHTS])
@@ -212,10 +210,7 @@ def open_scorer(folder: Path, vocabulary: Vocabulary, device: torch.device) -> t
     """The trained scorer of a finished run folder, in eval mode, and its manifest."""
     manifest = read_manifest(folder, "scorer")
     model = Scorer(from_dict(ScorerConfig, manifest.settings["model"]), vocabulary.size)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, KeyError) as error:
-        raise FolderError(f"{folder / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from None
+    load_weights(folder, model)
     return model.eval().to(device), manifest
 
 

@@ -16,14 +16,13 @@ from cluster.command import Command, run_command
 from cluster.manifest import refuse_other_origin
 from cluster.process import Place, computes_bf16, joined_place, share_cores
 from cluster.run import Run, due
+from cluster.weights import WEIGHTS
 from data_pipeline.bpe import open_vocabulary
 from data_pipeline.loader import Shards, TokenBatches
 from pretrain.config import TrainConfig
 from pretrain.engine import build_engine
 from pretrain.evaluate import HeldOut, evaluate
 from pretrain.model import Sizes
-
-WEIGHTS = "model.safetensors"
 
 
 def train(config: TrainConfig, place: Place) -> None:
@@ -37,6 +36,13 @@ def train(config: TrainConfig, place: Place) -> None:
     if run.is_finished:
         run.say("finished already")
         return
+    cut = sum(about.counts["captions_by_tokens"][config.model.n_text :])
+    if cut:
+        longest = len(about.counts["captions_by_tokens"]) - 1
+        run.say(
+            f"{cut} of {len(shards)} captions are longer than model.n_text={config.model.n_text} holds and are cut; "
+            f"model.n_text={longest + 1} holds all"
+        )
     sizes = Sizes(vocabulary.size, about.counts["codebook"], about.counts["grid"])
     heldout = HeldOut(Shards(Path(config.tokens), "tokens", "heldout"), vocabulary, config.model.n_text)
     engine = build_engine(config, sizes, place)
@@ -56,7 +62,7 @@ def train(config: TrainConfig, place: Place) -> None:
             run.save(step + 1, engine.save)
         if stop and step + 1 < config.n_steps:
             run.stopped(step + 1)
-    engine.release(run.folder / WEIGHTS)
+    engine.release(run.folder)
     run.finish(
         {"steps": config.n_steps} | (last or evaluate(engine, heldout)),
         {"model_type": "smalti-transformer", **asdict(config.model), **asdict(sizes)},

@@ -210,11 +210,11 @@ def test_only_one_file_reads_the_launchers_variables() -> None:
     for path in source_files():
         for node in ast.walk(parsed(path)):
             touches = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            names = isinstance(node, ast.Constant) and LAUNCHER_VARIABLES.fullmatch(str(node.value))
             if touches and str(path) not in ENVIRONMENT_DOORS:
-                strays.append(f"{path}:{node.lineno} touches the environment")
-            is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-            if is_text and LAUNCHER_VARIABLES.fullmatch(node.value) and str(path) != "cluster/process.py":
-                strays.append(f"{path}:{node.lineno} names {node.value}")
+                strays.append(f"{path} touches the environment: {ast.unparse(node)}")
+            if names and str(path) != "cluster/process.py":
+                strays.append(f"{path} names {ast.unparse(node)}")
     assert not strays
 
 

@@ -33,7 +33,7 @@ def classes_in(kind: type) -> set[type]:
 
 def settings_of(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(section.key, meaning) of every setting of a command."""
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kind):
         hint = hints_of(kind)[field.name]
         if dataclasses.is_dataclass(hint):
             yield from settings_of(typing.cast(type, hint), f"{prefix}{field.name}.")

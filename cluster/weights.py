@@ -1,0 +1,43 @@
+"""Model weights in files: the release (`model.safetensors`) and a one-process training state.
+
+Nothing is unpickled from a file that smalti did not write: releases are safetensors, states load
+with weights_only.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cluster.manifest import FolderError
+
+WEIGHTS = "model.safetensors"
+STATE = "state.pt"
+
+
+def save_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the release of a run folder."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Fill `model` from a run folder's release; FolderError if the file is damaged or of another shape."""
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise FolderError(f"{folder / WEIGHTS} cannot be used: {reason}") from None
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write what a one-process run needs to go on into a checkpoint folder."""
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / STATE)
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """The inverse of `save_state`."""
+    state = torch.load(folder / STATE, map_location=device, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,161 @@
+"""Checkpoints: the newest whole one is found whatever happened to the others."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.checkpoint import SEAL, Checkpoints, verify
+from cluster.process import Place
+from cluster.settings import UserError
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+def writer(step: int) -> Callable[[Path, str], None]:
+    def write(folder: Path, tag: str) -> None:
+        (folder / tag / "rank0").mkdir()
+        (folder / tag / "weights.pt").write_bytes(f"weights of {step}".encode() * 20)
+        (folder / tag / "rank0" / "moments.pt").write_bytes(f"moments of {step}".encode() * 20)
+
+    return write
+
+
+def fill(folder: Path, place: Place, *steps: int, keep_last: int = 9) -> Checkpoints:
+    checkpoints = Checkpoints(folder, place, keep_last)
+    for step in steps:
+        checkpoints.save(step, {"step was": step}, writer(step))
+    return checkpoints
+
+
+def test_the_newest_by_number_is_restored_with_what_was_said_of_it(tmp_path: Path, place: Place) -> None:
+    checkpoints = fill(tmp_path, place, 9, 10, 100)
+    assert checkpoints.newest_valid() == (100, tmp_path / "global_step100", {"step was": 100})
+    assert (tmp_path / "latest").read_text() == "global_step100"
+    assert (tmp_path / "global_step100/rank0/moments.pt").read_bytes().startswith(b"moments of 100")
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_no_checkpoint_is_none(tmp_path: Path, place: Place) -> None:
+    assert Checkpoints(tmp_path / "none", place, 2).newest_valid() is None
+
+
+def flip_first_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "flipped": flip_first_byte,
+    "missing": Path.unlink,
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "empty": lambda path: os.truncate(path, 0),
+}
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "rank0/moments.pt", SEAL])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    tmp_path: Path, place: Place, capsys: pytest.CaptureFixture[str], damage: str, name: str
+) -> None:
+    checkpoints = fill(tmp_path, place, 1, 2, 3)
+    DAMAGE[damage](tmp_path / "global_step3" / name)
+    found = checkpoints.newest_valid()
+    assert found is not None and found[0] == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "global_step3" in said and name in said
+
+
+def test_the_last_good_one_is_found_behind_many_bad_ones(tmp_path: Path, place: Place) -> None:
+    checkpoints = fill(tmp_path, place, 1, 2, 3, 4)
+    for step in (2, 3, 4):
+        flip_first_byte(tmp_path / f"global_step{step}" / "weights.pt")
+    found = checkpoints.newest_valid()
+    assert found is not None and found[0] == 1
+    flip_first_byte(tmp_path / "global_step1" / "weights.pt")
+    assert checkpoints.newest_valid() is None
+
+
+def test_a_flip_anywhere_in_the_seal_breaks_no_restore(tmp_path: Path, place: Place) -> None:
+    checkpoints = fill(tmp_path, place, 1, 2)
+    seal = tmp_path / "global_step2" / SEAL
+    whole = seal.read_bytes()
+    for at in range(len(whole)):
+        seal.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        found = checkpoints.newest_valid()
+        assert found is not None and found[0] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed\ntrace")]
+)
+def test_a_full_disk_stops_with_one_line_and_leaves_earlier_saves(
+    tmp_path: Path, place: Place, error: Exception
+) -> None:
+    checkpoints = fill(tmp_path, place, 1)
+
+    def fail_half_way(folder: Path, tag: str) -> None:
+        (folder / tag / "weights.pt").write_bytes(b"half")
+        raise error
+
+    with pytest.raises(UserError, match="global_step2.*free some space") as caught:
+        checkpoints.save(2, {}, fail_half_way)
+    assert "\n" not in str(caught.value)
+    assert checkpoints.newest_valid() == (1, tmp_path / "global_step1", {"step was": 1})
+    checkpoints.save(2, {"again": True}, writer(2))
+    assert checkpoints.newest_valid() == (2, tmp_path / "global_step2", {"again": True})
+
+
+def test_a_kill_at_any_move_costs_at_most_the_save_in_progress(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file operation of a save in turn is the last one that the program does."""
+    real = {name: getattr(os, name) for name in ("mkdir", "fsync", "rename", "replace")}
+    for moves in range(1, 100):
+        folder = tmp_path / str(moves)
+        checkpoints = fill(folder, place, 1, 2, keep_last=1)
+        left = moves
+
+        def counted(name: str) -> Callable[..., Any]:
+            def act(*words: Any, **more: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Killed
+                return real[name](*words, **more)
+
+            return act
+
+        for name in real:
+            monkeypatch.setattr(os, name, counted(name))
+        try:
+            checkpoints.save(3, {}, writer(3))
+            killed = False
+        except Killed:
+            killed = True
+        monkeypatch.undo()
+        found = checkpoints.newest_valid()
+        assert found is not None and found[0] in ((2, 3) if killed else (3,))
+        checkpoints.save(4, {}, writer(4))
+        assert verify(folder / "global_step4") is None and (folder / "latest").read_text() == "global_step4"
+        if not killed:
+            assert moves > 5
+            return
+    raise AssertionError("no save was ever finished")
+
+
+def test_only_the_last_are_kept(tmp_path: Path, place: Place) -> None:
+    fill(tmp_path, place, 8, 9, 10, 11, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step10", "global_step11", "latest"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path, place: Place) -> None:
+    checkpoints = fill(tmp_path, place, 1)
+    checkpoints.save(1, {"second": True}, writer(7))
+    assert checkpoints.newest_valid() == (1, tmp_path / "global_step1", {"second": True})
+    assert (tmp_path / "global_step1/weights.pt").read_bytes().startswith(b"weights of 7")

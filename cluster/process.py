@@ -117,6 +117,7 @@ def _pick_device(local_rank: int) -> torch.device:
 
 def _join_group(backend: str, rank: int, world_size: int, timeout: timedelta) -> None:
     if world_size == 1:  # needs no address and no port
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)

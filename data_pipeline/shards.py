@@ -138,7 +138,8 @@ def read_foreign(path: Path) -> Iterator[Sample]:
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ShardError(f"{path} is truncated or not a tar after {count} samples ({error})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+        raise ShardError(f"{path} is truncated or not a tar after {count} samples ({reason})") from None
     if count == 0:
         raise ShardError(f"{path} is an empty shard")
 

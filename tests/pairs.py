@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -47,7 +48,7 @@ def pair_members(numbers: range) -> Members:
     return members
 
 
-def write_tar(path: Path, members: Members, mode: str = "w") -> Path:
+def write_tar(path: Path, members: Members, mode: Literal["w", "w:gz", "w:bz2", "w:xz"] = "w") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, content in members:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,9 @@ def test_manifest_reads_back_with_sizes_and_digests(folder: Path) -> None:
 
 
 def test_fingerprint_changes_with_kind_name_and_content_but_not_with_order() -> None:
-    files = {"a": {"sha256": "1"}, "b": {"sha256": "2"}}
-    same = {"b": {"sha256": "2", "bytes": 9}, "a": {"sha256": "1"}}
-    others = [{"a": {"sha256": "1"}}, {"a": {"sha256": "2"}, "b": {"sha256": "1"}}]
+    files: dict[str, dict[str, Any]] = {"a": {"sha256": "1"}, "b": {"sha256": "2"}}
+    same: dict[str, dict[str, Any]] = {"b": {"sha256": "2", "bytes": 9}, "a": {"sha256": "1"}}
+    others: list[dict[str, dict[str, Any]]] = [{"a": {"sha256": "1"}}, {"a": {"sha256": "2"}, "b": {"sha256": "1"}}]
     prints = [fingerprint_of("x", files), fingerprint_of("y", files)] + [fingerprint_of("x", other) for other in others]
     assert len(set(prints)) == 4
     assert fingerprint_of("x", same) == prints[0]
@@ -89,7 +90,9 @@ def test_a_cut_or_missing_file_is_named_with_its_sizes(folder: Path) -> None:
 def test_done_means_same_settings_and_same_inputs(folder: Path) -> None:
     made_from = {"dvae": "d" * 64}
     assert is_done(folder, "tokens", SETTINGS, made_from)
-    with pytest.raises(FolderError, match=r"other settings \(model\.width: 8 there, 9 here; side: 16 there, None here\)"):
+    with pytest.raises(
+        FolderError, match=r"other settings \(model\.width: 8 there, 9 here; side: 16 there, None here\)"
+    ):
         is_done(folder, "tokens", {"model": {"width": 9, "rates": [1, 2]}}, made_from)
     with pytest.raises(FolderError, match="other inputs"):
         is_done(folder, "tokens", SETTINGS, {"dvae": "e" * 64})
@@ -107,14 +110,15 @@ def test_a_folder_of_other_origin_is_refused_with_both_fingerprints(folder: Path
         refuse_other_origin(folder, manifest, "vocab", folder, "d" * 64)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
 
-    def full(descriptor: int) -> None:
+    def full(*words: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(f"os.{last}", full)
     with pytest.raises(OSError, match="No space"):
         write_bytes(path, b"new and longer")
     assert path.read_bytes() == b"old"

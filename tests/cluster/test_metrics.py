@@ -58,6 +58,13 @@ def test_progress_outside_a_terminal_is_a_line_now_and_then(
         progress.advance(note="loss 1.000")
     progress.close()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["901/1000", "921/1000", "941/1000", "961/1000", "981/1000", "1000/1000"]
+    assert [line.split()[1] for line in lines] == [
+        "901/1000",
+        "921/1000",
+        "941/1000",
+        "961/1000",
+        "981/1000",
+        "1000/1000",
+    ]
     assert "2 steps/s, 30 s left, loss 1.000" in lines[2]
     assert "2 steps/s" in lines[0] and " 0 s left" in lines[-1]

@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_DVAE, SMALL_SCORER, SMALL_TRAIN, smalti
 from PIL import Image
+
+from tests.small import SMALL_DVAE, SMALL_SCORER, SMALL_TRAIN, smalti
 
 
 @pytest.fixture(scope="module")

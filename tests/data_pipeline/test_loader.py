@@ -1,0 +1,198 @@
+"""Batches: a pure function of the step, alike for any number of ranks, from shards that are whole."""
+
+import io
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.manifest import FolderError, write_manifest
+from cluster.settings import SettingError
+from data_pipeline.bpe import open_vocabulary
+from data_pipeline.loader import (
+    PAD,
+    ImageBatches,
+    LoaderConfig,
+    Shards,
+    TokenBatch,
+    TokenBatches,
+    caption_of,
+    first_pictures,
+    pad_text,
+    picture_of,
+)
+from data_pipeline.shards import Sample, ShardError, write_shard
+from tests.pairs import caption
+
+CONFIG = LoaderConfig(batch=6, seed=5, shuffle_window=2)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """28 samples in 4 shards; sample n has 3 crops of 2 x 2 codes, 100 n + crop everywhere."""
+    folder = tmp_path_factory.mktemp("tokens")
+    names = []
+    for shard in range(4):
+        samples = []
+        for n in range(7 * shard, 7 * shard + 7):
+            out = io.BytesIO()
+            np.save(out, np.stack([np.full((2, 2), 100 * n + crop, np.uint16) for crop in range(3)]))
+            samples.append(Sample(f"{n:04d}", {"npy": out.getvalue(), "txt": caption(n).encode()}))
+        names.append(f"train-{shard:06d}.tar")
+        write_shard(folder / names[-1], samples)
+    write_manifest(folder, "tokens", {}, {"train": 28}, names, {})
+    return folder
+
+
+@dataclass
+class Maker:
+    tokens: Path
+    data: Path
+
+    def batches(self, rank: int = 0, world_size: int = 1, dropout: float = 0.3, seed: int = 5) -> TokenBatches:
+        vocabulary, _ = open_vocabulary(self.data / "vocab")
+        config = LoaderConfig(6, seed, 2)
+        return TokenBatches(Shards(self.tokens, "tokens", "train"), config, vocabulary, 40, dropout, rank, world_size)
+
+
+@pytest.fixture
+def maker(tokens: Path, data: Path) -> Maker:
+    return Maker(tokens, data)
+
+
+def assert_same(one: TokenBatch, two: TokenBatch) -> None:
+    assert one.keys == two.keys
+    assert torch.equal(one.text, two.text) and torch.equal(one.image, two.image)
+
+
+def test_a_seek_gives_what_iteration_from_the_start_gives(maker: Maker) -> None:
+    """A run that resumes at step k sees the batches that it would have seen."""
+    straight = maker.batches()
+    passed = [next(straight) for _ in range(12)]
+    resumed = maker.batches()
+    for step in (9, 3, 0):
+        resumed.seek(step)
+        for expected in passed[step : step + 3]:
+            assert_same(next(resumed), expected)
+    assert resumed.step == 3
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_batches_of_all_ranks_make_the_batch_of_one(maker: Maker, ranks: int) -> None:
+    one = maker.batches()
+    parts = [maker.batches(rank, ranks) for rank in range(ranks)]
+    for _ in range(6):
+        whole, shares = next(one), [next(part) for part in parts]
+        assert_same(
+            TokenBatch(
+                torch.cat([share.text for share in shares]),
+                torch.cat([share.image for share in shares]),
+                [key for share in shares for key in share.keys],
+            ),
+            whole,
+        )
+
+
+def test_an_epoch_holds_every_sample_once_though_steps_cross_its_edge(maker: Maker) -> None:
+    batches = maker.batches()
+    keys = [key for _ in range(14) for key in next(batches).keys]  # 84 = 3 epochs of 28
+    for first in range(0, 84, 28):
+        assert sorted(keys[first : first + 28]) == [f"{n:04d}" for n in range(28)]
+
+
+def test_codes_and_text_are_those_of_the_sample_and_drawn_anew_at_each_visit(maker: Maker) -> None:
+    vocabulary, _ = open_vocabulary(maker.data / "vocab")
+    batches = maker.batches()
+    crops: dict[str, set[int]] = {}
+    texts: dict[str, set[tuple[int, ...]]] = {}
+    for _ in range(28):
+        batch = next(batches)
+        assert batch.text.shape == (6, 39) and batch.image.shape == (6, 4)
+        assert batch.text.dtype == batch.image.dtype == torch.int64
+        for key, text, image in zip(batch.keys, batch.text.tolist(), batch.image.tolist(), strict=True):
+            assert len(set(image)) == 1 and image[0] // 100 == int(key)
+            crops.setdefault(key, set()).add(image[0] % 100)
+            ids = [i for i in text if i != PAD]
+            assert text[: len(ids)] == ids
+            assert vocabulary.decode(ids) == caption(int(key))
+            texts.setdefault(key, set()).add(tuple(ids))
+    assert Counter(crop for seen in crops.values() for crop in seen).keys() == {0, 1, 2}
+    assert sum(len(seen) for seen in texts.values()) > 3 * len(texts)
+
+
+def test_another_seed_changes_order_and_draws(maker: Maker) -> None:
+    assert next(maker.batches(seed=5)).keys != next(maker.batches(seed=6)).keys
+
+
+def test_without_dropout_the_text_is_the_plain_encoding(maker: Maker) -> None:
+    vocabulary, _ = open_vocabulary(maker.data / "vocab")
+    batch = next(maker.batches(dropout=0.0))
+    for key, text in zip(batch.keys, batch.text.tolist(), strict=True):
+        assert [i for i in text if i != PAD] == vocabulary.encode(caption(int(key)))
+
+
+def test_long_texts_are_cut_and_short_ones_padded() -> None:
+    assert pad_text([[1, 2, 3, 4, 5], [7], []], 4).tolist() == [[1, 2, 3], [7, PAD, PAD], [PAD, PAD, PAD]]
+
+
+def test_pictures_come_with_their_captions_and_a_mirror_changes_no_order(data: Path) -> None:
+    shards = Shards(data / "images", "images", "train")
+    plain, flipped = ImageBatches(shards, CONFIG, 8, flip=False), ImageBatches(shards, CONFIG, 8, flip=True)
+    one, two = next(plain), next(flipped)
+    assert one.pixels.shape == (6, 3, 8, 8) and one.pixels.dtype == torch.float32
+    assert one.keys == two.keys and one.captions == two.captions
+    samples = {sample.key: sample for sample in shards}
+    for key, text, pixels in zip(one.keys, one.captions, one.pixels, strict=True):
+        expected = torch.from_numpy(picture_of(samples[key], 8).copy()).permute(2, 0, 1) / 255
+        assert torch.equal(pixels, expected) and text == caption_of(samples[key])
+
+
+def test_about_half_of_the_pictures_are_mirrored_left_to_right(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ramp = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, :, None], (8, 8, 3))
+    monkeypatch.setattr("data_pipeline.loader.square", lambda data, side: ramp)
+    batches = ImageBatches(Shards(data / "images", "images", "train"), LoaderConfig(batch=64), 8, flip=True)
+    pixels = (batches.read(0).pixels * 255).round().to(torch.uint8)
+    plain = torch.from_numpy(ramp.copy()).permute(2, 0, 1)
+    kinds = Counter("plain" if torch.equal(p, plain) else "mirrored" for p in pixels)
+    assert all(torch.equal(p, plain) or torch.equal(p, plain.flip(-1)) for p in pixels)
+    assert 16 < kinds["mirrored"] < 48
+
+
+def test_first_pictures_are_the_first_of_the_files(data: Path) -> None:
+    shards = Shards(data / "images", "images", "train")
+    assert first_pictures(shards, 3, 8).shape == (3, 3, 8, 8)
+    assert len(first_pictures(shards, 10_000, 8)) == len(shards) == sum(shards.sizes)
+
+
+def test_splits_share_no_sample(data: Path) -> None:
+    train, heldout = ({sample.key for sample in Shards(data / "images", "images", s)} for s in ("train", "heldout"))
+    assert train and heldout and not train & heldout
+    assert len(train) + len(heldout) == 29
+
+
+def test_folders_that_do_not_fit_are_refused(data: Path, tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match="holds images, not tokens"):
+        Shards(data / "images", "tokens", "train")
+    with pytest.raises(FolderError, match="no heldout shards"):
+        Shards(tokens, "tokens", "heldout")
+    copy = tmp_path / "copy"
+    shutil.copytree(tokens, copy)
+    (copy / "train-000002.tar").write_bytes((copy / "train-000002.tar").read_bytes()[:-512])
+    with pytest.raises(FolderError, match=r"train-000002\.tar.*cut or changed"):
+        Shards(copy, "tokens", "train")
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(maker: Maker) -> None:
+    with pytest.raises(SettingError, match=r"data\.batch=6 .* 4 processes"):
+        maker.batches(0, 4)
+    with pytest.raises(SettingError, match=r"data\.batch=0"):
+        LoaderConfig(batch=0)
+
+
+def test_a_sample_without_picture_is_named(maker: Maker) -> None:
+    with pytest.raises(ShardError, match="0000 has no picture, only npy, txt"):
+        picture_of(Shards(maker.tokens, "tokens", "train").read((0, 0)), 8)

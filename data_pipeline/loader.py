@@ -181,6 +181,11 @@ def tokens_batch(
     return TokenBatch(pad_text(text, n_text), torch.from_numpy(np.stack(codes)), [s.key for s in samples])
 
 
+def words_in(batch: TokenBatch) -> int:
+    """Text tokens of a batch, pads left out."""
+    return int((batch.text != PAD).sum())
+
+
 def pad_text(ids: list[list[int]], n_text: int) -> Tensor:
     """(B, n_text - 1) int64: each text cut to n_text - 1 ids (slot 0 is start-of-text), then PAD."""
     text = torch.full((len(ids), n_text - 1), PAD, dtype=torch.int64)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from cluster.process import Place, mean_over_ranks, wait_for_all
+from cluster.process import Place, mean_over_ranks, sum_over_ranks, wait_for_all
 from cluster.weights import save_weights
-from data_pipeline.loader import TokenBatch
+from data_pipeline.loader import TokenBatch, words_in
 from pretrain.config import TrainConfig
 from pretrain.model import Losses, Sizes, Transformer, text_image_loss
 from pretrain.optim import decay_groups, learning_rate
@@ -42,7 +42,8 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train()
-        losses = self.losses(batch)
+        words = sum_over_ranks(self.place, {"words": words_in(batch)})["words"]
+        losses = self.losses(batch, words / self.place.world_size)
         self._engine.backward(losses.total)
         self._engine.step()
         values = {"train/loss": losses.total, "train/text_loss": losses.text, "train/image_loss": losses.image}
@@ -51,11 +52,12 @@ class Engine:
             raise FloatingPointError(f"training loss {means['train/loss']} at step {number}")
         return means | {"train/lr": lr, "train/grad_norm": float(self._engine.get_global_grad_norm() or math.nan)}
 
-    def losses(self, batch: TokenBatch) -> Losses:
-        """The two losses of a batch, with their graph if gradients are on."""
+    def losses(self, batch: TokenBatch, n_words: float) -> Losses:
+        """The two losses of this rank's batch, the text's divided by n_words, with their graph if gradients are on."""
         text, image = batch.text.to(self.place.device), batch.image.to(self.place.device)
         text_logits, image_logits = self._engine(text, image)
-        return text_image_loss(text_logits, image_logits, text, image, self.config.text_weight)
+        weight = self.config.text_weight
+        return text_image_loss(text_logits, image_logits, text, image, weight, max(n_words, 1.0))
 
     def evaluating(self) -> None:
         self._engine.eval()

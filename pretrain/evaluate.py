@@ -7,7 +7,7 @@ import torch
 
 from cluster.process import sum_over_ranks
 from data_pipeline.bpe import Vocabulary
-from data_pipeline.loader import PAD, Shards, TokenBatch, tokens_batch
+from data_pipeline.loader import Shards, TokenBatch, tokens_batch, words_in
 from pretrain.engine import Engine
 
 MAX_SAMPLES = 2_048
@@ -40,9 +40,8 @@ def evaluate(engine: Engine, heldout: HeldOut) -> dict[str, float]:
     other = heldout.with_other_captions()
     for chosen, counted in _shares(engine, len(heldout)):
         true = _part(heldout.all, chosen)
-        losses, shuffled = engine.losses(true), engine.losses(_part(other, chosen))
-        pictures = len(true.text) * counted
-        words = (true.text != PAD).sum().item() * counted
+        losses, shuffled = engine.losses(true, words_in(true)), engine.losses(_part(other, chosen), 1.0)
+        pictures, words = len(true.text) * counted, words_in(true) * counted
         sums["pictures"] += pictures
         sums["words"] += words
         sums["image"] += pictures * losses.image.item()

@@ -32,7 +32,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Losses:
-    """Means in nats per token over this rank's batch."""
+    """Nats per token."""
 
     total: Tensor
     text: Tensor
@@ -183,12 +183,16 @@ class Transformer(nn.Module):
             raise ValueError(f"text (B, {want[0]}) and image (B, {want[1]}), not {text.shape} and {image.shape}")
 
 
-def text_image_loss(text_logits: Tensor, image_logits: Tensor, text: Tensor, image: Tensor, weight: float) -> Losses:
+def text_image_loss(
+    text_logits: Tensor, image_logits: Tensor, text: Tensor, image: Tensor, weight: float, n_words: float
+) -> Losses:
     """Next-token losses of text and image, each a mean over its own tokens, weighted apart.
 
     text_logits (B, T-1, V), image_logits (B, I, K), text (B, T-1), image (B, I). Pads are no targets.
+    n_words: what the sum over text tokens is divided by. Captions differ in length between ranks, so
+    for the mean over ranks to be the mean over the batch it is the batch's tokens per rank.
     total = weight * text + (1 - weight) * image; the paper's weight is 1/8 (section 2.2).
     """
-    text_nats = F.cross_entropy(text_logits.flatten(0, 1), text.flatten(), ignore_index=PAD)
+    text_nats = F.cross_entropy(text_logits.flatten(0, 1), text.flatten(), ignore_index=PAD, reduction="sum") / n_words
     image_nats = F.cross_entropy(image_logits.flatten(0, 1), image.flatten())
     return Losses(weight * text_nats + (1 - weight) * image_nats, text_nats, image_nats)

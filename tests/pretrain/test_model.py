@@ -93,7 +93,7 @@ def test_the_head_that_draws_the_first_code_is_trained() -> None:
     text, image = batch()
     image_logits = net(text, image)[1]
     image_logits.retain_grad()
-    text_image_loss(*net(text, image)[:1], image_logits, text, image, 0.125).image.backward()
+    text_image_loss(net(text, image)[0], image_logits, text, image, 0.125, 6).image.backward()
     assert image_logits.grad is not None
     assert (image_logits.grad.abs().sum(-1) > 0).all()
 
@@ -101,7 +101,7 @@ def test_the_head_that_draws_the_first_code_is_trained() -> None:
 def test_losses_are_means_over_their_own_tokens_weighted_an_eighth_to_seven() -> None:
     text, image = batch()
     text_logits, image_logits = torch.randn(2, 5, 20), torch.randn(2, 16, 12)
-    losses = text_image_loss(text_logits, image_logits, text, image, 1 / 8)
+    losses = text_image_loss(text_logits, image_logits, text, image, 1 / 8, 6)
     words = text != PAD
     want_text = -text_logits.log_softmax(-1)[words].gather(-1, text[words][:, None]).mean()
     want_image = -image_logits.log_softmax(-1).gather(-1, image[..., None]).mean()
@@ -112,7 +112,7 @@ def test_losses_are_means_over_their_own_tokens_weighted_an_eighth_to_seven() ->
 
 def test_the_first_loss_is_that_of_a_uniform_guess() -> None:
     text, image = batch()
-    losses = text_image_loss(*Transformer(CONFIG, SIZES)(text, image), text, image, 1 / 8)
+    losses = text_image_loss(*Transformer(CONFIG, SIZES)(text, image), text, image, 1 / 8, 6)
     assert losses.image.item() == pytest.approx(torch.tensor(12.0).log().item(), abs=1e-4)
 
 

@@ -21,11 +21,9 @@ def losses(run: Path) -> list[float]:
 
 
 def train(words: list[str], out: Path, processes: int = 1) -> Path:
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"] if processes > 1 else []
-    )
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "pretrain.train", *words, f"out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -51,7 +49,7 @@ def test_two_processes_at_every_zero_stage_equal_one(
     stage: int, plain: Path, train_words: list[str], tmp_path: Path
 ) -> None:
     sharded = train([*train_words, f"zero_stage={stage}"], tmp_path / "run", processes=2)
-    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(sharded) == pytest.approx(losses(plain), rel=1e-5)
     want, got = load_file(plain / "model.safetensors"), load_file(sharded / "model.safetensors")
     assert want.keys() == got.keys()
     for name in want:

@@ -48,9 +48,11 @@ class Checkpoints:
             if self.place.is_main:
                 self._seal(part / tag, step, about)
         except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.folder).free / 2**20
+            shutil.rmtree(part, ignore_errors=True)
             raise UserError(
-                f"could not save {self.folder / tag} ({_reason(error)}); earlier checkpoints are untouched: "
-                "free some space and run the same command again"
+                f"could not save {self.folder / tag} with {free:.0f} MiB of disk free ({_reason(error)}); "
+                "earlier checkpoints are untouched: free some space and run the same command again"
             ) from error
         wait_for_all(self.place)
 

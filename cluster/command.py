@@ -14,6 +14,7 @@ from cluster.manifest import FolderError
 from cluster.process import launched_rank
 from cluster.settings import SettingError, UserError, describe, load_settings, preset_names, to_toml
 
+INTERRUPTED = 130  # exit code of Ctrl-C, as shells have it
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # old launchers add it; process.py reads LOCAL_RANK
 
 
@@ -54,13 +55,15 @@ def run_command(command: Command, words: list[str]) -> int:
     except FolderError as error:
         return _fail(command.verb, str(error), 1)
     except KeyboardInterrupt:
-        return _fail(command.verb, "stopped; run the same command again to go on", 130)
+        return _fail(command.verb, "stopped; run the same command again to go on", INTERRUPTED)
     except UserError as error:
         return _fail(command.verb, str(error), 1, every_rank=True)
     except OSError as error:
         if error.strerror is None:
             raise
-        return _fail(command.verb, f"{error.strerror}: {error.filename or 'while writing'}", 1, every_rank=True)
+        return _fail(
+            command.verb, f"{error.strerror}: {error.filename or f'while writing {config.out}'}", 1, every_rank=True
+        )
     return 0
 
 

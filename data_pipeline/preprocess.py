@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cluster.command import Command, run_command
 from cluster.manifest import FolderError, is_done, read_manifest, write_bytes, write_json, write_manifest
@@ -69,20 +69,46 @@ def preprocess(config: PreprocessConfig) -> None:
     if not config.source:
         raise SettingError("source is empty: name a folder or tar of image-caption pairs, or use source=emoji:train")
     out, images = Path(config.out), Path(config.out) / "images"
-    # what changes only where or how fast leaves the same bytes, so it is no part of the identity
-    settings = {k: v for k, v in to_dict(config).items() if k not in ("out", "workers")}
-    if is_done(images, "images", settings, {}) and is_done(
-        out / "vocab", "vocab", settings, {"images": read_manifest(images, "images").fingerprint}
-    ):
-        print(f"{images} and {out / 'vocab'} are finished already")
-        return
+    if is_done(images, "images", image_settings(config), {}):
+        print(f"{images} is finished already")
+    else:
+        convert(config, out, images)
+    learn(config, out, images)
+
+
+def image_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """What decides the bytes of images/: not where it lies, how fast it is made, or the vocabulary."""
+    return {key: value for key, value in to_dict(config).items() if key not in ("out", "workers", "vocab_size")}
+
+
+def convert(config: PreprocessConfig, out: Path, images: Path) -> None:
+    """Source -> images/ and the report."""
     images.mkdir(parents=True, exist_ok=True)
-    _remember(images / "settings.json", settings)
+    _remember(images / "settings.json", image_settings(config))
     parts = find_parts(config.source, config.samples_per_shard, SPLITS[0])
     if config.heldout_source:
         parts += find_parts(config.heldout_source, config.samples_per_shard, SPLITS[1])
-    dropped = _convert_all(parts, images, config)
-    _finish(config, settings, out, images, dropped)
+    fates = _convert_all(parts, images, config)
+    shards = {split: sorted(images.glob(f"{split}-*.tar")) for split in SPLITS}
+    if not shards["train"]:
+        raise FolderError(f"{config.source} gave no usable image-caption pair: {dict(fates)}")
+    write_report(out, fates)
+    counts = {split: fates[f"kept: {split}"] for split in SPLITS}
+    files = [path.name for split in SPLITS for path in shards[split]]
+    write_manifest(images, "images", image_settings(config), counts, files, {})
+    print(f"{counts['train']} training and {counts['heldout']} held-out pairs in {images}; report in {out}/report.html")
+
+
+def learn(config: PreprocessConfig, out: Path, images: Path) -> None:
+    """The training captions of images/ -> vocab/."""
+    settings, vocab = {"vocab_size": config.vocab_size}, out / "vocab"
+    manifest = read_manifest(images, "images")
+    if is_done(vocab, "vocab", settings, {"images": manifest.fingerprint}):
+        print(f"{vocab} is finished already")
+        return
+    shards = [open_shard(images / name) for name in manifest.files if name.startswith("train-")]
+    captions = [shard.read_text(i) for shard in shards for i in range(len(shard))]
+    learn_vocabulary(captions, config.vocab_size, vocab, settings, manifest.fingerprint)
 
 
 def convert_part(part: Part, images: Path, config: PreprocessConfig) -> Counter[str]:
@@ -164,20 +190,6 @@ def _in_processes(jobs: list[Job], workers: int) -> Iterator[Counter[str]]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _finish(config: PreprocessConfig, settings: dict, out: Path, images: Path, fates: Counter[str]) -> None:
-    shards = {split: sorted(images.glob(f"{split}-*.tar")) for split in SPLITS}
-    if not shards["train"]:
-        raise FolderError(f"{config.source} gave no usable image-caption pair: {dict(fates)}")
-    write_report(out, fates)
-    counts = {split: fates[f"kept: {split}"] for split in SPLITS}
-    files = [path.name for split in SPLITS for path in shards[split]]
-    manifest = write_manifest(images, "images", settings, counts, files, {})
-    opened = [open_shard(path) for path in shards["train"]]
-    captions = [shard.read_text(i) for shard in opened for i in range(len(shard))]
-    learn_vocabulary(captions, config.vocab_size, out / "vocab", settings, manifest.fingerprint)
-    print(f"{counts['train']} training and {counts['heldout']} held-out pairs in {images}; report in {out}/report.html")
 
 
 def write_report(out: Path, fates: Counter[str]) -> None:

@@ -6,7 +6,7 @@ Each verb is also `python -m MODULE` with the same words.
 import importlib
 import sys
 
-from cluster.command import Command, run_command
+from cluster.command import INTERRUPTED, Command, run_command
 
 VERBS = {
     "preprocess": "data_pipeline.preprocess",
@@ -29,7 +29,10 @@ def main() -> int:
     if verb not in VERBS:
         print(f"smalti: {verb!r} is no verb; there are: {', '.join(VERBS)} (see `smalti --help`)", file=sys.stderr)
         return 2
-    command: Command = importlib.import_module(VERBS[verb]).COMMAND
+    try:
+        command: Command = importlib.import_module(VERBS[verb]).COMMAND
+    except KeyboardInterrupt:  # importing torch takes a second or two
+        return INTERRUPTED
     return run_command(command, words)
 
 

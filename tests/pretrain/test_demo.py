@@ -52,7 +52,7 @@ def test_pictures_carry_how_they_were_made(finished: tuple[Path, list[str]]) -> 
     assert about["caption"] == captions[1] and about["candidate"] == "2"
     made_from = json.loads(about["made_from"])
     assert made_from["model"] == json.loads((out / "runs/train/manifest.json").read_text())["fingerprint"]
-    assert json.loads(about["settings"])["temperature"] == 1.0
+    assert json.loads(about["settings"])["temperature"] == 0.8
 
 
 def test_ranked_pictures_are_best_first_and_none_is_lost(finished: tuple[Path, list[str]]) -> None:
@@ -83,7 +83,7 @@ def test_a_sample_run_does_not_depend_on_its_batch(finished: tuple[Path, list[st
     out = finished[0]
     words = [
         f"captions={out}/captions.txt", f"model={out}/runs/train", f"dvae={out}/runs/dvae", f"vocab={out}/data/vocab",
-        "candidates=4", "batch=3", f"out={tmp_path}/samples",
+        "candidates=4", "temperature=0.8", "batch=3", f"out={tmp_path}/samples",
     ]  # fmt: skip
     smalti("sample", *words)
     for number in range(4):

@@ -22,6 +22,7 @@ from dvae.model import Block, Conv, Dvae
 N_PATCHES = 65_536  # patches the statistics are taken from
 ROUNDS = 10  # of k-means
 MARGIN_NATS = 12.0  # median lead of the nearest code over the next, before noise
+MIN_LEAD = 1e-4  # of the mean squared norm: on a few plain colours centres coincide, and the lead is rounding
 LOG_SCALE = -1.0  # first ln b of the likelihood: about the error of the linear codec in logit space
 
 
@@ -99,4 +100,4 @@ def _median_lead(points: Tensor, centres: Tensor) -> float:
     """Median over points of half the squared distance to the second-nearest centre less the nearest's."""
     two = torch.cdist(points[:8_192], centres).topk(2, largest=False).values.square()
     lead = ((two[:, 1] - two[:, 0]) / 2).median().item()
-    return max(lead, 1e-4)
+    return max(lead, MIN_LEAD * points.square().sum(1).mean().item())

@@ -49,7 +49,11 @@ def test_a_command_runs_with_its_resolved_settings(make: Callable[..., Command])
             1,
             "smalti paint: No space left on device: x.tar\n",
         ),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "smalti paint: No space left on device: while writing run\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "smalti paint: No space left on device: while writing run\n",
+        ),
         (KeyboardInterrupt(), 130, "smalti paint: stopped; run the same command again to go on\n"),
     ],
 )

@@ -90,5 +90,9 @@ class Progress:
                 flush=True,
             )
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
     def close(self) -> None:
         self.bar.close()

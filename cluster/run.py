@@ -69,7 +69,7 @@ class Run:
             write_bytes(self.folder / "settings.toml", to_toml(self._config).encode())
             self.progress = Progress(self.identity.kind, self.n_steps, step)
             if step:
-                print(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}", file=sys.stderr)
+                self.progress.say(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}")
         wait_for_all(self.place)
         self.watch.start()
         self._last = time.monotonic()
@@ -86,10 +86,10 @@ class Run:
 
     def record_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Log held-out values."""
-        if self.metrics:
+        if self.metrics and self.progress:
             self.metrics.record(step, values)
             text = ", ".join(f"{tag.removeprefix('val/')} {value:.4g}" for tag, value in values.items())
-            print(f"{self.identity.kind}: held-out at step {step + 1}: {text}", file=sys.stderr)
+            self.progress.say(f"{self.identity.kind}: held-out at step {step + 1}: {text}")
         self._last = time.monotonic()
 
     def told_to_stop(self) -> bool:

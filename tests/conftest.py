@@ -1,15 +1,27 @@
 """Fixtures of all tests: one thread, one process, and a few tiny image-caption pairs."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.process import Place
+from cluster.watch import SIGNALS
 from data_pipeline.preprocess import PreprocessConfig, preprocess
 from tests.pairs import make_pairs
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A run listens for signals; give pytest its own back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

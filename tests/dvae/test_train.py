@@ -1,8 +1,6 @@
 """Training the discrete VAE and tokenising with it: resumed equals undisturbed, and wrong input is named."""
 
 import dataclasses
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from cluster.manifest import FolderError, read_manifest
 from cluster.metrics import read_metrics
 from cluster.run import Run
-from cluster.watch import SIGNALS
 from cluster.weights import WEIGHTS
 from data_pipeline.loader import Shards, picture_of, to_pixels
 from data_pipeline.shards import open_shard
@@ -23,15 +20,6 @@ from dvae.tokenise import TokeniseConfig, tokenise
 from dvae.train import open_dvae, train
 
 MODEL = DvaeConfig(image_side=16, fold=4, width=16, n_groups=1, n_blocks=1, n_init=16, codebook=32)
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """A run listens for signals; give pytest its own back."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def settings(data: Path, out: Path, **changes: Any) -> DvaeTrainConfig:

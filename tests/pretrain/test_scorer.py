@@ -1,15 +1,20 @@
 """The scorer's loss is CLIP's, and its recall counts what it says."""
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.loader import pad_text
+from cluster.metrics import read_metrics
+from cluster.run import Run
+from cluster.weights import WEIGHTS
+from data_pipeline.loader import LoaderConfig, pad_text
 from data_pipeline.order import counter_random
-from pretrain.config import ScorerConfig
-from pretrain.scorer import HeldOut, Scorer, evaluate, shifted
+from pretrain.config import ScorerConfig, ScorerTrainConfig
+from pretrain.scorer import HeldOut, Scorer, evaluate, shifted, train
 
 CONFIG = ScorerConfig(image_side=16, width=8, n_text=6, n_layers=1, n_heads=1, embed=8)
 
@@ -79,3 +84,21 @@ def test_shifts_move_pictures_by_at_most_the_limit() -> None:
     assert all(any(torch.equal(picture, one) for one in allowed) for picture in moved)
     assert len(moved.unique(dim=0)) > 10
     assert torch.equal(shifted(pixels, 0, counter_random(0).integers), pixels)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ScorerTrainConfig(
+        images=str(data / "images"), vocab=str(data / "vocab"), out=str(tmp_path / "whole"), n_steps=6,
+        evaluate_every=3, save_every=2, model=CONFIG, data=LoaderConfig(batch=8),
+    )  # fmt: skip
+    train(config)
+    asked = iter([False, False, True])
+    cut = dataclasses.replace(config, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "told_to_stop", lambda self: next(asked))
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    train(cut)
+    whole, resumed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "cut")
+    assert [r.get("train/loss") for r in whole] == [r.get("train/loss") for r in resumed]
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()

@@ -21,7 +21,7 @@ from cluster.command import Command, run_command
 from cluster.manifest import Manifest, read_manifest
 from cluster.process import Place, lone_place
 from cluster.run import Run, due
-from cluster.settings import from_dict
+from cluster.settings import UserError, from_dict
 from cluster.weights import WEIGHTS, load_state, load_weights, save_state, save_weights
 from data_pipeline.loader import ImageBatches, Shards, first_pictures
 from data_pipeline.order import GUMBEL, counter_random
@@ -69,7 +69,7 @@ class Trainer:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         if not math.isfinite(norm.item()):
-            raise FloatingPointError(f"gradient norm {norm.item()} at step {number}")
+            raise UserError(f"the gradient norm is {norm.item()} at step {number}: lower schedule.lr or clip")
         self.optimizer.step()
         used, perplexity = code_usage(logits.argmax(-1), config.model.codebook)
         return {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cluster.process import Place, mean_over_ranks, sum_over_ranks, wait_for_all
+from cluster.settings import UserError
 from cluster.weights import save_weights
 from data_pipeline.loader import TokenBatch, words_in
 from pretrain.config import TrainConfig
@@ -49,7 +50,10 @@ class Engine:
         values = {"train/loss": losses.total, "train/text_loss": losses.text, "train/image_loss": losses.image}
         means = mean_over_ranks(self.place, {tag: value.item() for tag, value in values.items()})
         if not math.isfinite(means["train/loss"]):
-            raise FloatingPointError(f"training loss {means['train/loss']} at step {number}")
+            raise UserError(
+                f"the training loss is {means['train/loss']} at step {number}; checkpoints are from before it: "
+                "go on from them with a smaller optim.lr in another `out`"
+            )
         return means | {"train/lr": lr, "train/grad_norm": float(self._engine.get_global_grad_norm() or math.nan)}
 
     def losses(self, batch: TokenBatch, n_words: float) -> Losses:
@@ -70,7 +74,10 @@ class Engine:
         self._engine.load_checkpoint(str(folder), tag=tag)
 
     def release(self, folder: Path) -> None:
-        """The whole weights in fp32 as the release of a run folder, from any ZeRO stage."""
+        """The whole weights, from any ZeRO stage, as the release of a run folder.
+
+        Stored as fp32, with the values the model computes with: in a bf16 run those of its bf16 copy.
+        """
         parameters = list(self.model.parameters())
         with self._deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
             if self.place.is_main:

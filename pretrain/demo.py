@@ -4,7 +4,7 @@
 
 Preprocess, dVAE, tokenise, transformer (DeepSpeed, 2 processes), scorer, sample, rerank; then
 OUT/index.html, OUT/index.png and OUT/demo.json. Each stage is the command you would type; the page
-lists them. Interrupted and run again, it goes on; finished stages take no time. About 12 minutes on
+lists them. Interrupted and run again, it goes on; finished stages take no time. About 10 minutes on
 2 CPU cores.
 """
 

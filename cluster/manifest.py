@@ -16,6 +16,10 @@ from typing import Any
 from cluster.settings import UserError
 
 NAME = "manifest.json"
+VERB_OF = {
+    "images": "preprocess", "vocab": "preprocess", "dvae": "dvae", "tokens": "tokenise", "transformer": "train",
+    "scorer": "scorer", "samples": "sample", "ranked": "rerank",
+}  # fmt: skip
 FORMAT = 1  # raise it when a reader of the old form would misread the new one
 
 
@@ -54,7 +58,7 @@ def write_manifest(
 
 def read_manifest(folder: Path, kind: str) -> Manifest:
     """The manifest of a finished folder of that kind; FolderError says what is wrong and what to do."""
-    verb = {"images": "preprocess", "vocab": "preprocess", "tokens": "tokenise"}.get(kind, kind)
+    verb = VERB_OF[kind]
     if not folder.is_dir():
         raise FolderError(f"{kind} folder {folder} does not exist; make it with `smalti {verb}`")
     path = folder / NAME

@@ -40,6 +40,13 @@ def section(kind: type) -> Any:
     return dataclasses.field(default_factory=kind)
 
 
+def require_at_least_one(config: Any, names: tuple[str, ...], section: str = "") -> None:
+    """SettingError naming the first of these settings that is below 1; `section` as in "model."."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise SettingError(f"{section}{name}={getattr(config, name)} must be at least 1")
+
+
 def load_settings(kind: type[T], words: list[str], presets: Path) -> T:
     """Settings of `kind` from words: at most one preset name or TOML path, then `key=value` words.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cluster.manifest import FolderError, check_files, read_manifest
-from cluster.settings import SettingError, setting
+from cluster.settings import SettingError, require_at_least_one, setting
 from data_pipeline.bpe import Vocabulary
 from data_pipeline.images import IMAGE_ENDINGS, square
 from data_pipeline.order import CROP, DROPOUT, FLIP, Order, counter_random
@@ -35,8 +35,7 @@ class LoaderConfig:
     shuffle_window: int = setting(16, "shards whose samples are mixed with each other")
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.shuffle_window < 1:
-            raise SettingError(f"data.batch={self.batch} and data.shuffle_window must be at least 1")
+        require_at_least_one(self, ("batch", "shuffle_window"), "data.")
 
 
 @dataclass(frozen=True)

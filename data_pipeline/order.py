@@ -35,10 +35,6 @@ class Order:
         shard, sample = self._epoch(epoch)[at]
         return int(shard), int(sample)
 
-    def epoch_of(self, position: int) -> int:
-        """How many whole passes lie before a position."""
-        return position // self.total
-
     def _permute(self, epoch: int) -> np.ndarray:
         """(total, 2) int32 rows of (shard, sample) of one epoch."""
         random = counter_random(self.seed, SHUFFLE, epoch)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from cluster.command import Command, run_command
 from cluster.manifest import FolderError, is_done, read_manifest, write_bytes, write_json, write_manifest
 from cluster.metrics import Progress
-from cluster.settings import SettingError, UserError, setting, to_dict
+from cluster.settings import SettingError, UserError, require_at_least_one, setting, to_dict
 from data_pipeline.bpe import learn_vocabulary
 from data_pipeline.captions import find_caption
 from data_pipeline.images import IMAGE_ENDINGS, ImageProblem, decode, encode, shrink
@@ -59,9 +59,7 @@ class PreprocessConfig:
             raise SettingError(f"vocab_size={self.vocab_size} must be above 256 (the bytes alone are 256)")
         if not 1 <= self.image_quality <= 100:
             raise SettingError(f"image_quality={self.image_quality} must be from 1 to 100")
-        for name in ("image_side", "samples_per_shard", "workers", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("image_side", "samples_per_shard", "workers", "max_pixels"))
 
 
 def preprocess(config: PreprocessConfig) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.settings import SettingError, section, setting
+from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
 
 
@@ -21,9 +21,7 @@ class DvaeConfig:
     codebook: int = setting(1024, "number of codes (K)")
 
     def __post_init__(self) -> None:
-        for name in ("image_side", "fold", "width", "n_groups", "n_blocks", "n_init"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"model.{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("image_side", "fold", "width", "n_groups", "n_blocks", "n_init"), "model.")
         if self.width % 4:
             raise SettingError(f"model.width={self.width} must be a multiple of 4 (bottlenecks are a quarter wide)")
         if not 2 <= self.codebook <= 65_536:
@@ -91,6 +89,4 @@ class DvaeTrainConfig:
             raise SettingError(
                 f"start='seeded' needs a linear path, so model.n_groups=1, not {self.model.n_groups} (raise model.fold)"
             )
-        for name in ("n_steps", "evaluate_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("n_steps", "evaluate_every", "save_every", "keep_last"))

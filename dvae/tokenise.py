@@ -19,7 +19,7 @@ from cluster.command import Command, run_command
 from cluster.manifest import FolderError, is_done, read_manifest, write_bytes, write_manifest
 from cluster.metrics import Progress
 from cluster.process import lone_place
-from cluster.settings import SettingError, setting
+from cluster.settings import require_at_least_one, setting
 from data_pipeline.bpe import Vocabulary, open_vocabulary
 from data_pipeline.loader import Shards, picture_of, to_pixels
 from data_pipeline.shards import Sample, Shard, is_finished, write_shard
@@ -39,8 +39,7 @@ class TokeniseConfig:
     batch: int = setting(128, "pictures encoded at a time")
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SettingError(f"batch={self.batch} must be at least 1")
+        require_at_least_one(self, ("batch",))
 
 
 def tokenise(config: TokeniseConfig) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.settings import SettingError, section, setting
+from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
 
 
@@ -18,9 +18,7 @@ class TransformerConfig:
     conv_kernel: int = setting(11, "odd side of the last layer's conv pattern")
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_heads", "d_head", "conv_kernel"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"model.{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("n_layers", "n_heads", "d_head", "conv_kernel"), "model.")
         if self.n_text < 2:
             raise SettingError(f"model.n_text={self.n_text} must be at least 2: start-of-text and one token")
         if self.conv_kernel % 2 == 0:
@@ -72,9 +70,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise SettingError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        for name in ("n_steps", "evaluate_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("n_steps", "evaluate_every", "save_every", "keep_last"))
         if not 0 < self.text_weight < 1:
             raise SettingError(f"text_weight={self.text_weight} must be between 0 and 1")
         if not 0 <= self.bpe_dropout < 1:
@@ -120,9 +116,7 @@ class ScorerTrainConfig:
     data: LoaderConfig = section(LoaderConfig)
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "evaluate_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("n_steps", "evaluate_every", "save_every", "keep_last"))
 
 
 @dataclass(frozen=True)
@@ -142,9 +136,7 @@ class SampleConfig:
     batch: int = setting(64, "pictures drawn at a time; changes nothing but speed and memory")
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "batch"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}={getattr(self, name)} must be at least 1")
+        require_at_least_one(self, ("candidates", "batch"))
         if self.temperature <= 0:
             raise SettingError(f"temperature={self.temperature} must be above 0")
         if self.top_k < 0:

@@ -27,7 +27,7 @@ import torch
 
 from cluster.command import INTERRUPTED, Command, run_command
 from cluster.manifest import read_manifest, write_bytes, write_json
-from cluster.settings import SettingError, UserError, setting
+from cluster.settings import SettingError, UserError, require_at_least_one, setting
 from data_pipeline.loader import Shards, caption_of
 from pretrain.page import write_page
 
@@ -45,8 +45,9 @@ class DemoConfig:
     scorer: str = setting("", "more words for `smalti scorer`")
 
     def __post_init__(self) -> None:
-        if self.captions < 1 or self.candidates < 1 or self.processes < 0:
-            raise SettingError("captions and candidates must be at least 1, processes at least 0")
+        require_at_least_one(self, ("captions", "candidates"))
+        if self.processes < 0:
+            raise SettingError(f"processes={self.processes} must be at least 0")
 
 
 @dataclass(frozen=True)

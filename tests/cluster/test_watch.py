@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,15 +12,7 @@ import torch.multiprocessing as mp
 
 from cluster.checkpoint import Checkpoints
 from cluster.process import Place, mean_over_ranks
-from cluster.watch import SIGNALS, StopWatch
-
-
-@pytest.fixture(autouse=True)
-def old_handlers() -> Iterator[None]:
-    old = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in old.items():
-        signal.signal(number, handler)
+from cluster.watch import StopWatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -10,6 +10,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/kernels
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -13,7 +13,9 @@ paper's figure 11 (Ramesh et al. 2021, appendix B.1): with q, k image slots and 
     conv    d >= 0, d div W <= h, and d mod W <= h or d mod W >= W - h, with h = kernel div 2
     dense   d >= 0
 
-Text sees text causally and never image; image sees all text, pads included.
+Text sees text causally and never image; image sees all text, pads included. A rule depends on d
+alone, so it wraps round the ends of rows. The conv rule is the figure's; `half_window` is the plain
+upper half of a kernel x kernel window instead: 0 <= d <= h W + h and (d + h) mod W <= 2 h.
 """
 
 from dataclasses import dataclass
@@ -42,30 +44,51 @@ class Layout:
         return self.n_text + self.n_image
 
 
-def attention_mask(pattern: Pattern, layout: Layout, kernel: int = 11) -> Tensor:
-    """(S, S) bool, True where slot q (row) may look at slot k (column).
+@dataclass(frozen=True)
+class Sparsity:
+    """Which slots a layer's attention may look at.
 
-    kernel: odd side of the conv pattern's window; the paper's is 11. ValueError for another pattern
-    or an even kernel.
+    kernel: odd side of the conv pattern's window; the paper's is 11. ValueError for an unknown
+    pattern or an even kernel.
     """
-    if pattern not in get_args(Pattern):
-        raise ValueError(f"pattern {pattern!r} is not one of {', '.join(get_args(Pattern))}")
-    if kernel % 2 == 0:
-        raise ValueError(f"conv kernel {kernel} must be odd")
-    slot = torch.arange(layout.n_slots)
-    q, k = slot[:, None], slot[None, :]
-    both_image = (q >= layout.n_text) & (k >= layout.n_text)
-    return (q >= k) & (~both_image | _image_rule(pattern, q - k, layout.columns, kernel // 2))
 
+    pattern: Pattern
+    layout: Layout
+    kernel: int = 11
+    half_window: bool = False
 
-def _image_rule(pattern: Pattern, d: Tensor, width: int, half: int) -> Tensor:
-    if pattern == "row":
-        return d <= width
-    if pattern == "column":
-        return d % width == 0
-    if pattern == "conv":
-        return (d.div(width, rounding_mode="floor") <= half) & ((d % width <= half) | (d % width >= width - half))
-    return torch.ones_like(d, dtype=torch.bool)
+    def __post_init__(self) -> None:
+        if self.pattern not in get_args(Pattern):
+            raise ValueError(f"pattern {self.pattern!r} is not one of {', '.join(get_args(Pattern))}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"conv kernel {self.kernel} must be odd")
+
+    def sees(self, d: Tensor) -> Tensor:
+        """Bool of d's shape: may an image slot look at the image slot d slots before it? d is int64."""
+        width, h = self.layout.columns, self.kernel // 2
+        if self.pattern == "row":
+            rule = d <= width
+        elif self.pattern == "column":
+            rule = d % width == 0
+        elif self.pattern == "conv" and self.half_window:
+            rule = (d <= h * width + h) & ((d + h) % width <= 2 * h)
+        elif self.pattern == "conv":
+            rule = (d.div(width, rounding_mode="floor") <= h) & ((d % width <= h) | (d % width >= width - h))
+        else:
+            rule = torch.ones_like(d, dtype=torch.bool)
+        return (d >= 0) & rule
+
+    @property
+    def reach(self) -> int:
+        """The largest d that an image slot of this layout can see."""
+        return int(self.sees(torch.arange(self.layout.n_image)).nonzero().max())
+
+    def mask(self) -> Tensor:
+        """(S, S) bool, True where slot q (row) may look at slot k (column)."""
+        slot = torch.arange(self.layout.n_slots)
+        q, k = slot[:, None], slot[None, :]
+        both_image = (q >= self.layout.n_text) & (k >= self.layout.n_text)
+        return (q >= k) & (~both_image | self.sees(q - k))
 
 
 def layer_pattern(layer: int, n_layers: int) -> Pattern:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.loader import PAD
-from kernels.layout import Layout, attention_mask, layer_pattern
+from kernels.layout import Layout, Sparsity, layer_pattern
 from kernels.reference import masked_attention
 from pretrain.config import TransformerConfig
 
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         patterns = [layer_pattern(number, config.n_layers) for number in range(1, config.n_layers + 1)]
         self.patterns = patterns
         for pattern in sorted(set(patterns)):
-            mask = attention_mask(pattern, self.layout, config.conv_kernel)
+            mask = Sparsity(pattern, self.layout, config.conv_kernel).mask()
             self.register_buffer(f"mask_{pattern}", mask, persistent=False)
         self._initialise()
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from kernels.layout import Layout, Pattern, attention_mask, layer_pattern
+from kernels.layout import Layout, Pattern, Sparsity, layer_pattern
 
 T, W = 6, 4
 FIGURE = Layout(T, W, W)
@@ -34,7 +34,7 @@ def drawn(offsets: set[int]) -> list[list[bool]]:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_cell_is_that_of_the_figure(pattern: Pattern) -> None:
-    mask = attention_mask(pattern, FIGURE, kernel=3)
+    mask = Sparsity(pattern, FIGURE, kernel=3).mask()
     assert mask.dtype == torch.bool
     assert mask.tolist() == drawn(FIGURE_OFFSETS[pattern])
 
@@ -42,21 +42,21 @@ def test_every_cell_is_that_of_the_figure(pattern: Pattern) -> None:
 def test_column_is_block_diagonal_once_image_states_are_transposed() -> None:
     """Panel c: in column-major order each block of W sees itself causally, and no other block."""
     by_column = [T + row * W + column for column in range(W) for row in range(W)]
-    mask = attention_mask("column", FIGURE)[by_column][:, by_column]
+    mask = Sparsity("column", FIGURE).mask()[by_column][:, by_column]
     assert mask.tolist() == [[q // W == k // W and k <= q for k in range(16)] for q in range(16)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_text_sees_text_causally_and_image_sees_all_text(pattern: Pattern) -> None:
     layout = Layout(5, 3, 7)
-    mask = attention_mask(pattern, layout)
+    mask = Sparsity(pattern, layout).mask()
     assert mask[:5, :5].tolist() == [[k <= q for k in range(5)] for q in range(5)]
     assert not mask[:5, 5:].any()
     assert mask[5:, :5].all()
 
 
 def test_paper_kernel_sees_66_offsets() -> None:
-    mask = attention_mask("conv", Layout(0, 32, 32), kernel=11)
+    mask = Sparsity("conv", Layout(0, 32, 32), kernel=11).mask()
     last = mask[-1].nonzero().flatten()
     offsets = {1023 - k for k in last.tolist()}
     assert len(offsets) == 66
@@ -65,9 +65,9 @@ def test_paper_kernel_sees_66_offsets() -> None:
 
 def test_attended_share_of_the_paper_sequence() -> None:
     layout = Layout(256, 32, 32)
-    dense = int(attention_mask("dense", layout).sum())
+    dense = int(Sparsity("dense", layout).mask().sum())
     assert dense == 1280 * 1281 // 2
-    shares = {pattern: int(attention_mask(pattern, layout).sum()) / dense for pattern in PATTERNS[:3]}
+    shares = {pattern: int(Sparsity(pattern, layout).mask().sum()) / dense for pattern in PATTERNS[:3]}
     assert {pattern: f"{share:.1%}" for pattern, share in shares.items()} == {
         "row": "40.0%",
         "column": "38.0%",
@@ -82,7 +82,7 @@ def test_width_and_not_height_rules_a_grid_that_is_no_square() -> None:
     assert layout.n_slots == 17
     for n, (row, column) in enumerate(cells):
         seen = {
-            pattern: {cells[k] for k in attention_mask(pattern, layout, kernel=3)[2 + n, 2:].nonzero().flatten()}
+            pattern: {cells[k] for k in Sparsity(pattern, layout, kernel=3).mask()[2 + n, 2:].nonzero().flatten()}
             for pattern in PATTERNS
         }
         assert seen["column"] == {(above, column) for above in range(row + 1)}
@@ -93,9 +93,9 @@ def test_width_and_not_height_rules_a_grid_that_is_no_square() -> None:
 
 def test_mask_refuses_an_even_kernel_and_an_unknown_pattern() -> None:
     with pytest.raises(ValueError, match="10 must be odd"):
-        attention_mask("conv", FIGURE, kernel=10)
+        Sparsity("conv", FIGURE, kernel=10).mask()
     with pytest.raises(ValueError, match="'diagonal'"):
-        attention_mask("diagonal", FIGURE)  # type: ignore[arg-type]
+        Sparsity("diagonal", FIGURE).mask()  # type: ignore[arg-type]
 
 
 def test_64_layers_are_47_row_16_column_and_a_last_conv() -> None:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from kernels.layout import Layout, attention_mask
+from kernels.layout import Layout, Sparsity
 from kernels.reference import masked_attention, relaxed_codes
 
 LAYOUT = Layout(3, 4, 3)
@@ -14,7 +14,7 @@ def test_masked_attention_is_a_softmax_over_the_allowed_keys() -> None:
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 15, 8, generator=random, dtype=torch.float64) for _ in range(3))
     for pattern in ("row", "column", "conv"):
-        mask = attention_mask(pattern, LAYOUT, kernel=3)
+        mask = Sparsity(pattern, LAYOUT, kernel=3).mask()
         out = masked_attention(q, k, v, mask)
         for b, h, s in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(15)).tolist():
             keys = mask[s].nonzero().flatten()
@@ -26,7 +26,7 @@ def test_masked_attention_is_a_softmax_over_the_allowed_keys() -> None:
 def test_keys_that_are_masked_get_no_gradient_and_have_no_say() -> None:
     random = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 1, 15, 4, generator=random, requires_grad=True) for _ in range(3))
-    mask = attention_mask("column", LAYOUT)
+    mask = Sparsity("column", LAYOUT).mask()
     seen, unseen = mask[10].nonzero().flatten(), (~mask[10]).nonzero().flatten()
     out = masked_attention(q, k, v, mask)[0, 0, 10]
     out.sum().backward()

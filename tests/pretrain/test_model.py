@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import PAD
-from kernels.layout import attention_mask, layer_pattern
+from kernels.layout import Sparsity, layer_pattern
 from pretrain.config import TransformerConfig
 from pretrain.model import KeyValues, Sizes, Transformer, text_image_loss
 
@@ -32,7 +32,7 @@ def reach() -> Tensor:
     """(I, S) bool: which slots image logit i is promised, through all layers of CONFIG."""
     seen = torch.eye(22, dtype=torch.bool)
     for number in range(CONFIG.n_layers, 0, -1):
-        mask = attention_mask(layer_pattern(number, CONFIG.n_layers), model().layout, CONFIG.conv_kernel)
+        mask = Sparsity(layer_pattern(number, CONFIG.n_layers), model().layout, CONFIG.conv_kernel).mask()
         seen = (seen.double() @ mask.double()) > 0
     return seen[6:]
 

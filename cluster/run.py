@@ -18,7 +18,7 @@ from cluster.settings import UserError, to_dict, to_toml
 from cluster.watch import StopWatch
 
 # settings that change how a run is watched or where it lies, never what it computes
-FREE = ("out", "resume", "save_every", "keep_last", "evaluate_every")
+FREE = ("out", "resume", "save_every", "keep_last", "evaluate_every", "activation_checkpointing")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from cluster.manifest import FolderError, check_files, read_manifest
 from cluster.settings import SettingError, require_at_least_one, setting
 from data_pipeline.bpe import Vocabulary
 from data_pipeline.images import IMAGE_ENDINGS, square
-from data_pipeline.order import CROP, DROPOUT, FLIP, Order, counter_random
+from data_pipeline.order import CROP, DROPOUT, EMPTY, FLIP, Order, counter_random
 from data_pipeline.shards import Sample, Shard, ShardError, open_shard
 
 PAD = -1  # id of a text slot that holds no token
@@ -145,7 +145,7 @@ class ImageBatches(Batches[ImageBatch]):
 
 
 class TokenBatches(Batches[TokenBatch]):
-    """Captions encoded with BPE dropout, and one crop's image codes."""
+    """Captions encoded with BPE dropout, some of them emptied, and one crop's image codes."""
 
     def __init__(
         self,
@@ -154,15 +154,22 @@ class TokenBatches(Batches[TokenBatch]):
         vocabulary: Vocabulary,
         n_text: int,
         bpe_dropout: float,
+        caption_dropout: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__(shards, config, rank, world_size)
-        self.vocabulary, self.n_text, self.bpe_dropout = vocabulary, n_text, bpe_dropout
+        self.vocabulary, self.n_text = vocabulary, n_text
+        self.bpe_dropout, self.caption_dropout = bpe_dropout, caption_dropout
 
     def collate(self, positions: range) -> TokenBatch:
         samples = [self.shards.read(self.order[position]) for position in positions]
-        return tokens_batch(samples, self.vocabulary, self.n_text, self.bpe_dropout, self.config.seed, positions)
+        seed, dropout = self.config.seed, self.bpe_dropout
+        batch = tokens_batch(samples, self.vocabulary, self.n_text, dropout, seed, positions)
+        if self.caption_dropout:
+            chances = [counter_random(seed, EMPTY, position).random() for position in positions]
+            batch.text[torch.tensor(chances) < self.caption_dropout] = PAD
+        return batch
 
 
 def tokens_batch(

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 # purposes of random numbers, so that no two uses draw the same
-SHUFFLE, CROP, DROPOUT, FLIP, AUGMENT, GUMBEL, SAMPLE = range(7)
+SHUFFLE, CROP, DROPOUT, FLIP, AUGMENT, GUMBEL, SAMPLE, EMPTY = range(8)
 
 
 def counter_random(*counter: int) -> np.random.Generator:

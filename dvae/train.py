@@ -31,7 +31,7 @@ from dvae.measure import code_usage, measure
 from dvae.model import Dvae
 from dvae.schedule import kl_weight, learning_rate, temperature
 from dvae.seed import seed_codes
-from kernels.reference import relaxed_codes
+from kernels.relaxed_codes import relaxed_codes
 
 N_SEED_PICTURES = 2_048
 N_EVALUATION = 1_024  # held-out pictures measured during training

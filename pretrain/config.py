@@ -56,9 +56,19 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "auto: bf16 where the device computes in it, else fp32"
     )
+    attention: Literal["auto", "triton", "cpu", "dense"] = setting(
+        "auto", "what computes attention; auto: the fastest on the device; dense: all scores, under a mask"
+    )
+    activation_checkpointing: Literal["none", "attention", "resblock"] = setting(
+        "none", "resblocks whose activations the backward pass computes again instead of keeping them"
+    )
+    compile: bool = setting(False, "torch.compile each resblock: a slow start, faster steps on a GPU")
     zero_stage: int = setting(1, "DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights")
     text_weight: float = setting(0.125, "share of the text loss; the image has the rest (the paper: 1/8)")
     bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training (the paper: 0.1)")
+    caption_dropout: float = setting(
+        0.0, "chance to train on an empty caption, which `smalti sample cfg_scale=...` needs; 0.1 is usual"
+    )
     evaluate_every: int = setting(200, "steps between held-out losses")
     save_every: int = setting(200, "steps between checkpoints")
     keep_last: int = setting(2, "checkpoints kept")
@@ -75,6 +85,8 @@ class TrainConfig:
             raise SettingError(f"text_weight={self.text_weight} must be between 0 and 1")
         if not 0 <= self.bpe_dropout < 1:
             raise SettingError(f"bpe_dropout={self.bpe_dropout} must be at least 0 and below 1")
+        if not 0 <= self.caption_dropout < 1:
+            raise SettingError(f"caption_dropout={self.caption_dropout} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,12 @@ class SampleConfig:
     temperature: float = setting(1.0, "divides the logits; the paper samples at 1")
     top_k: int = setting(0, "keep only the k likeliest codes; 0 keeps all")
     top_p: float = setting(1.0, "keep the likeliest codes that make up this probability; 1 keeps all")
+    cfg_scale: float = setting(
+        1.0, "classifier-free guidance: 1 is none, 3 is usual; needs caption_dropout in training"
+    )
+    prime: str = setting("", "picture whose codes begin each candidate; what is transparent in it is drawn")
+    prime_rows: int = setting(0, "only its top rows of codes (the paper: 15 of 32); 0 is all that is opaque")
+    preview: bool = setting(False, "write OUT/preview.png after each row of codes")
     seed: int = setting(0, "with the caption and the candidate's number decides the picture")
     batch: int = setting(64, "pictures drawn at a time; changes nothing but speed and memory")
 
@@ -143,6 +161,10 @@ class SampleConfig:
             raise SettingError(f"top_k={self.top_k} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise SettingError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if self.cfg_scale < 0:
+            raise SettingError(f"cfg_scale={self.cfg_scale} must be at least 0")
+        if self.prime_rows < 0 or (self.prime_rows and not self.prime):
+            raise SettingError(f"prime_rows={self.prime_rows} must be at least 0, and needs prime=PICTURE")
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,10 @@ def deepspeed_settings(config: TrainConfig, world_size: int) -> dict[str, Any]:
 def build_engine(config: TrainConfig, sizes: Sizes, place: Place) -> Engine:
     """A fresh engine; the initial weights depend on the seed alone."""
     torch.manual_seed(config.seed)
-    return Engine(Transformer(config.model, sizes).to(place.device), config, place)
+    model = Transformer(config.model, sizes, config.attention, config.activation_checkpointing).to(place.device)
+    if config.compile:
+        model.compile_resblocks()
+    return Engine(model, config, place)
 
 
 def _import_deepspeed(place: Place) -> Any:

@@ -7,18 +7,27 @@ builds on. Axis letters: see kernels/layout.py.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.loader import PAD
+from kernels.attention import How, attention
+from kernels.boundary import boundary, leave
 from kernels.layout import Layout, Sparsity, layer_pattern
-from kernels.reference import masked_attention
+from kernels.linear import activated_linear, linear, packed
 from pretrain.config import TransformerConfig
 
 INIT = 0.125  # Child et al. 2019, section 5: weights ~ N(0, 0.125 / sqrt(fan in))
+
+Attend = Callable[[Tensor], Tensor]  # packed queries, keys and values (..., 3, H, D) -> (..., H, D)
+Recompute = Literal["none", "attention", "resblock"]
 
 
 @dataclass(frozen=True)
@@ -39,67 +48,113 @@ class Losses:
     image: Tensor
 
 
-class KeyValues:
-    """Keys and values of the slots seen so far, one pair of (B, H, S, D) buffers a layer."""
+class Linear(nn.Linear):
+    """A linear layer through the door of kernels/linear.py."""
 
-    def __init__(self, config: TransformerConfig, layout: Layout, batch: int, like: Tensor) -> None:
-        shape = (config.n_layers, 2, batch, config.n_heads, layout.n_slots, config.d_head)
-        self.store = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
+    packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Keep the weights only as products with few rows read them fastest: for drawing, not for training."""
+        self.packed = packed(self.weight)
+        self.register_parameter("weight", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+
+
+class ActivatedLinear(Linear):
+    """x * sigmoid(1.702 x), then the linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated_linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head attention under one fixed mask."""
+    """Multi-head attention; who may look at whom is `attend`'s affair."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d = config.d_model
         self.n_heads = config.n_heads
-        self.qkv = nn.Linear(d, 3 * d)
-        self.out = nn.Linear(d, d)
+        self.qkv = Linear(d, 3 * d)
+        self.out = Linear(d, d)
 
-    def forward(self, x: Tensor, mask: Tensor, store: Tensor | None = None, start: int = 0) -> Tensor:
-        """x (B, S, M), mask (S, keys) -> (B, S, M). With a store (2, B, H, slots, D), x stands at `start`."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
-        if store is not None:
-            end = start + x.shape[1]
-            store[0, :, :, start:end], store[1, :, :, start:end] = k, v
-            k, v = store[0, :, :, :end], store[1, :, :, :end]
-        return self.out(masked_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+    def forward(self, h: Tensor, attend: Attend) -> Tensor:
+        """h (..., M) -> (..., M)."""
+        return self.out(attend(self.qkv(h).unflatten(-1, (3, self.n_heads, -1))).flatten(-2))
 
 
 class Mlp(nn.Module):
-    """M -> 4M -> M with x * sigmoid(1.702 x) (Child et al. 2019, section 5)."""
+    """M -> 4M -> M with x * sigmoid(1.702 x) between (Child et al. 2019, section 5)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.enter = nn.Linear(config.d_model, 4 * config.d_model)
-        self.out = nn.Linear(4 * config.d_model, config.d_model)
+        self.enter = Linear(config.d_model, 4 * config.d_model)
+        self.out = ActivatedLinear(4 * config.d_model, config.d_model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        return self.out(x * torch.sigmoid(1.702 * x))
+    def forward(self, h: Tensor) -> Tensor:
+        """h (..., M) -> (..., M)."""
+        return self.out(self.enter(h))
+
+
+class Norm(nn.Module):
+    """Adds a branch to the stream and normalises the sum, in one pass."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch, and its layer norm in the dtype of the weights."""
+        return boundary(x, branch, self.gain, self.bias, dtype=self.gain.dtype)
+
+
+class Resblock(nn.Module):
+    """Joins the branch of the resblock before to the stream and computes its own."""
+
+    def __init__(self, width: int, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm = Norm(width)
+        self.inner = inner
+
+    def forward(self, x: Tensor, branch: Tensor | None, *attend: Attend) -> tuple[Tensor, Tensor]:
+        """Stream x (..., M) float32 and a branch (..., M) still to be added -> the same of this resblock."""
+        x, h = self.norm(x, branch)
+        return x, self.inner(h, *attend)
+
+    def recomputed(self, x: Tensor, branch: Tensor | None, *attend: Attend) -> tuple[Tensor, Tensor]:
+        """The same, but only the stream is kept for the backward pass, which computes the rest again."""
+        x = x if branch is None else leave(x, branch)
+        return checkpoint(self, x, None, *attend, use_reentrant=False, preserve_rng_state=False)
 
 
 class Layer(nn.Module):
     """An attention resblock and an MLP resblock."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, recompute: Recompute = "none") -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(config.d_model)
-        self.attention = Attention(config)
-        self.norm_mlp = nn.LayerNorm(config.d_model)
-        self.mlp = Mlp(config)
+        self.attention = Resblock(config.d_model, Attention(config))
+        self.mlp = Resblock(config.d_model, Mlp(config))
+        self.recompute = recompute
 
-    def forward(self, x: Tensor, mask: Tensor, store: Tensor | None = None, start: int = 0) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), mask, store, start)
-        return x + self.mlp(self.norm_mlp(x))
+    def forward(self, x: Tensor, branch: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
+        attention = self.attention.recomputed if self._forgets("attention", "resblock") else self.attention
+        mlp = self.mlp.recomputed if self._forgets("resblock") else self.mlp
+        return mlp(*attention(x, branch, attend))
+
+    def _forgets(self, *choices: Recompute) -> bool:
+        return self.recompute in choices and torch.is_grad_enabled()
 
 
 class Transformer(nn.Module):
     """Ids to logits; knows no tokenizer and no sampler."""
 
-    def __init__(self, config: TransformerConfig, sizes: Sizes) -> None:
+    def __init__(
+        self, config: TransformerConfig, sizes: Sizes, how: How = "auto", recompute: Recompute = "none"
+    ) -> None:
+        """how: what computes attention (kernels/attention.py). recompute: which resblocks the backward pass
+        computes again instead of keeping their activations. Neither changes the result."""
         super().__init__()
         d = config.d_model
         self.config, self.sizes = config, sizes
@@ -111,15 +166,11 @@ class Transformer(nn.Module):
         self.row = nn.Embedding(sizes.grid, d)
         self.column = nn.Embedding(sizes.grid, d)
         self.starts = nn.Embedding(2, d)  # start-of-text, start-of-image
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(d)
-        self.text_head = nn.Linear(d, sizes.text_vocab)
-        self.image_head = nn.Linear(d, sizes.codebook)
-        patterns = [layer_pattern(number, config.n_layers) for number in range(1, config.n_layers + 1)]
-        self.patterns = patterns
-        for pattern in sorted(set(patterns)):
-            mask = Sparsity(pattern, self.layout, config.conv_kernel).mask()
-            self.register_buffer(f"mask_{pattern}", mask, persistent=False)
+        self.layers = nn.ModuleList(Layer(config, recompute) for _ in range(config.n_layers))
+        self.norm = Norm(d)
+        self.text_head = Linear(d, sizes.text_vocab)
+        self.image_head = Linear(d, sizes.codebook)
+        self.attends = [partial(attention, sparsity=sparsity, how=how) for sparsity in self.sparsities(self.layout)]
         self._initialise()
 
     def _initialise(self) -> None:
@@ -142,38 +193,44 @@ class Transformer(nn.Module):
         start = self.starts.weight[0] + self.text_position.weight[0]
         return torch.cat([start.expand(len(text), 1, -1), words], 1)
 
-    def embed_image(self, image: Tensor, first: int = 0) -> Tensor:
-        """Image slots first .. first + n - 1 -> (B, n, M). `image` (B, n) holds the token *before*
-        each slot; slot 0 has none and is start-of-image. Row and column are those of the token that
-        the slot predicts (figure 10)."""
-        slots = torch.arange(first, first + image.shape[1], device=image.device)
-        token = self.image_token(image)
-        if first == 0:
-            start = self.starts.weight[1].expand(len(image), 1, -1)
-            token = torch.cat([start, token[:, 1:]], 1)
+    def embed_image(self, before: Tensor, slots: Tensor) -> Tensor:
+        """Image slots `slots` (n,) -> (B, n, M). `before` (B, n) holds the token before each slot; slot 0 has
+        none and is start-of-image. Row and column are those of the token that the slot predicts (figure 10)."""
+        token = torch.where(slots[:, None] == 0, self.starts.weight[1], self.image_token(before))
         grid = self.sizes.grid
         return token + self.row(slots.div(grid, rounding_mode="floor")) + self.column(slots % grid)
 
-    def mask(self, pattern: str) -> Tensor:
-        """(S, S) bool mask of a pattern."""
-        return self.get_buffer(f"mask_{pattern}")
+    def pack(self) -> "Transformer":
+        """Make it draw faster; it can no longer train."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
 
-    def hidden(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
-        """Embedded slots (B, n, M) -> (B, n, M) before the heads. With a cache, they follow its slots."""
-        start = cache.length if cache else 0
-        end = start + x.shape[1]
-        for number, (layer, pattern) in enumerate(zip(self.layers, self.patterns, strict=True)):
-            mask = self.mask(pattern)[start:end, :end]
-            x = layer(x, mask, cache.store[number] if cache else None, start)
-        if cache:
-            cache.length = end
-        return self.norm(x)
+    def compile_resblocks(self) -> None:
+        """torch.compile each resblock by itself: one compilation serves all that are alike."""
+        for layer in self.layers:
+            layer.get_submodule("attention").compile()
+            layer.get_submodule("mlp").compile()
+
+    def sparsities(self, layout: Layout) -> list[Sparsity]:
+        """Who may look at whom in each layer, over the slots of `layout`."""
+        n_layers, kernel = self.config.n_layers, self.config.conv_kernel
+        return [Sparsity(layer_pattern(number, n_layers), layout, kernel) for number in range(1, n_layers + 1)]
+
+    def hidden(self, x: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """Embedded slots (..., M) -> (..., M) before the heads. The residual stream is float32 (appendix D)."""
+        x, branch = x.float(), None
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x, branch = layer(x, branch, attend)
+        return self.norm(x, branch)[1]
 
     def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, T-1), image (B, I) -> float32 logits (B, T-1, V) of the text, (B, I, K) of the image."""
         self._check(text, image)
-        previous = F.pad(image[:, :-1], (1, 0))
-        x = self.hidden(torch.cat([self.embed_text(text), self.embed_image(previous)], 1))
+        slots = torch.arange(image.shape[1], device=image.device)
+        embedded = [self.embed_text(text), self.embed_image(F.pad(image[:, :-1], (1, 0)), slots)]
+        x = self.hidden(torch.cat(embedded, 1), self.attends)
         x_text, x_image = x[:, : self.config.n_text - 1], x[:, self.config.n_text :]
         return self.text_head(x_text).float(), self.image_head(x_image).float()
 

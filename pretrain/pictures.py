@@ -1,10 +1,12 @@
 """Folders of drawn pictures: their list, `samples.jsonl`, and an overview, `grid.png`."""
 
+import io
 import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from cluster.manifest import write_bytes
@@ -21,6 +23,16 @@ def read_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows of samples.jsonl by caption's folder, in order."""
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     return {name: list(group) for name, group in groupby(rows, key=lambda row: row["file"].split("/")[0])}
+
+
+def save_preview(path: Path, pictures: np.ndarray, done: float) -> None:
+    """Write the first 16 of (N, P, P, 3) uint8 pictures side by side, white below the part that is done."""
+    shown = pictures[:MAX_COLUMNS].copy()
+    shown[:, round(shown.shape[1] * done) :] = 255
+    data = io.BytesIO()
+    Image.fromarray(np.concatenate(list(shown), 1)).save(data, "png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data.getvalue())
 
 
 def caption_grid(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ from cluster.weights import WEIGHTS, load_state, load_weights, save_state, save_
 from data_pipeline.bpe import Vocabulary, open_vocabulary
 from data_pipeline.loader import PAD, ImageBatch, ImageBatches, Shards, caption_of, pad_text, picture_of, to_pixels
 from data_pipeline.order import AUGMENT, DROPOUT, SAMPLE, counter_random
+from kernels.attention import attention
+from kernels.layout import Layout, Sparsity
 from pretrain.config import ScorerConfig, ScorerTrainConfig, TransformerConfig
-from pretrain.model import Layer
+from pretrain.model import Layer, Norm
 from pretrain.optim import decay_groups, learning_rate
 
 FIRST_TEMPERATURE = 0.07  # CLIP section 2.5: logits start at cosine / 0.07
@@ -70,18 +73,19 @@ class TextTower(nn.Module):
         self.token = nn.Embedding(text_vocab, shape.d_model)
         self.position = nn.Embedding(config.n_text, shape.d_model)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(shape.d_model)
+        self.norm = Norm(shape.d_model)
         self.project = nn.Linear(shape.d_model, config.embed, bias=False)
-        self.register_buffer("mask", torch.ones(config.n_text - 1, config.n_text - 1).tril().bool(), persistent=False)
+        self.attend = partial(attention, sparsity=Sparsity("dense", Layout(config.n_text - 1, 0, 0)))
         for module in (self.token, self.position):
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.token(text.clamp(min=0)) + self.position.weight[: text.shape[1]]
+        branch = None
         for layer in self.layers:
-            x = layer(x, self.get_buffer("mask"))
+            x, branch = layer(x, branch, self.attend)
         last = (text != PAD).sum(1).clamp(min=1) - 1
-        return self.project(self.norm(x[torch.arange(len(x)), last]))
+        return self.project(self.norm(x, branch)[1][torch.arange(len(x)), last])
 
 
 class Scorer(nn.Module):

@@ -47,8 +47,9 @@ def train(config: TrainConfig, place: Place) -> None:
     heldout = HeldOut(Shards(Path(config.tokens), "tokens", "heldout"), vocabulary, config.model.n_text)
     engine = build_engine(config, sizes, place)
     batches = TokenBatches(
-        shards, config.data, vocabulary, config.model.n_text, config.bpe_dropout, place.rank, place.world_size
-    )
+        shards, config.data, vocabulary, config.model.n_text, config.bpe_dropout, config.caption_dropout,
+        place.rank, place.world_size,
+    )  # fmt: skip
     first = run.begin(engine.load)
     batches.seek(first)
     last: dict[str, float] = {}

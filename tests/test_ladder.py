@@ -24,6 +24,8 @@ DOORS = {  # the files that may import a vendor: one file, or all below a folder
     "triton": "kernels/",
     "webdataset": "tests/",
 }
+# Triton is not installed everywhere: a kernel's door imports its Triton module at first use.
+LAZY_DOORS = ("kernels/attention.py", "kernels/boundary.py", "kernels/relaxed_codes.py")
 ENVIRONMENT_DOORS = {"cluster/process.py", "pretrain/engine.py"}  # the latter hands DeepSpeed the device's name
 LAUNCHER_VARIABLES = re.compile(r"(LOCAL_|GROUP_|NODE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)")
 BARRED_NAMES = {"utils", "util", "common", "misc", "base", "manager", "helpers"}
@@ -195,14 +197,26 @@ def test_no_import_statement_stands_in_a_function() -> None:
     assert not lines
 
 
-def test_a_module_named_at_run_time_is_a_verb_or_deepspeed() -> None:
+def test_a_module_named_at_run_time_is_a_verb_or_deepspeed_or_holds_triton_kernels() -> None:
     dynamic = {
         str(path)
         for path in source_files()
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and is_dynamic_import(node)
     }
-    assert dynamic <= {"pretrain/cli.py", "pretrain/engine.py"}
+    assert dynamic <= {"pretrain/cli.py", "pretrain/engine.py", *LAZY_DOORS}
+
+
+def test_a_door_imports_its_triton_kernels_late_and_nothing_else() -> None:
+    for path in LAZY_DOORS:
+        at_top = [alias for node in parsed(Path(path)).body for alias in getattr(node, "names", [])]
+        late = [
+            ast.unparse(node.args[0])
+            for node in ast.walk(parsed(Path(path)))
+            if isinstance(node, ast.Call) and is_dynamic_import(node)
+        ]
+        assert late == [repr(f"{module_name(Path(path))}_triton")]
+        assert not [alias.name for alias in at_top if "triton" in alias.name]
 
 
 def test_only_one_file_reads_the_launchers_variables() -> None:

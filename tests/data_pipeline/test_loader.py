@@ -53,10 +53,12 @@ class Maker:
     tokens: Path
     data: Path
 
-    def batches(self, rank: int = 0, world_size: int = 1, dropout: float = 0.3, seed: int = 5) -> TokenBatches:
+    def batches(
+        self, rank: int = 0, world_size: int = 1, dropout: float = 0.3, seed: int = 5, empty: float = 0.0
+    ) -> TokenBatches:
         vocabulary, _ = open_vocabulary(self.data / "vocab")
-        config = LoaderConfig(6, seed, 2)
-        return TokenBatches(Shards(self.tokens, "tokens", "train"), config, vocabulary, 40, dropout, rank, world_size)
+        shards, config = Shards(self.tokens, "tokens", "train"), LoaderConfig(6, seed, 2)
+        return TokenBatches(shards, config, vocabulary, 40, dropout, empty, rank, world_size)
 
 
 @pytest.fixture
@@ -81,10 +83,11 @@ def test_a_seek_gives_what_iteration_from_the_start_gives(maker: Maker) -> None:
     assert resumed.step == 3
 
 
+@pytest.mark.parametrize("empty", [0.0, 0.5])
 @pytest.mark.parametrize("ranks", [2, 3, 6])
-def test_batches_of_all_ranks_make_the_batch_of_one(maker: Maker, ranks: int) -> None:
-    one = maker.batches()
-    parts = [maker.batches(rank, ranks) for rank in range(ranks)]
+def test_batches_of_all_ranks_make_the_batch_of_one(maker: Maker, ranks: int, empty: float) -> None:
+    one = maker.batches(empty=empty)
+    parts = [maker.batches(rank, ranks, empty=empty) for rank in range(ranks)]
     for _ in range(6):
         whole, shares = next(one), [next(part) for part in parts]
         assert_same(
@@ -133,6 +136,39 @@ def test_without_dropout_the_text_is_the_plain_encoding(maker: Maker) -> None:
     batch = next(maker.batches(dropout=0.0))
     for key, text in zip(batch.keys, batch.text.tolist(), strict=True):
         assert [i for i in text if i != PAD] == vocabulary.encode(caption(int(key)))
+
+
+def test_caption_dropout_empties_whole_captions_and_touches_nothing_else(maker: Maker) -> None:
+    plain, dropped, again = maker.batches(), maker.batches(empty=0.3), maker.batches(empty=0.3)
+    positions, emptied = 0, 0
+    for step in range(100):
+        full, some = plain.read(step), dropped.read(step)
+        gone = (some.text == PAD).all(1)
+        assert not (full.text == PAD).all(1).any()
+        assert torch.equal(some.text[~gone], full.text[~gone])
+        assert torch.equal(some.image, full.image) and some.keys == full.keys
+        assert_same(again.read(step), some)
+        positions, emptied = positions + len(gone), emptied + int(gone.sum())
+    assert abs(emptied - 0.3 * positions) < 4 * (0.3 * 0.7 * positions) ** 0.5
+
+
+def test_which_captions_are_emptied_depends_on_the_seed_and_on_each_visit(maker: Maker) -> None:
+    def emptied(seed: int) -> list[tuple[str, bool]]:
+        batches = maker.batches(seed=seed, empty=0.5)
+        read = [batches.read(step) for step in range(14)]  # 3 epochs
+        return [pair for b in read for pair in zip(b.keys, (b.text == PAD).all(1).tolist(), strict=True)]
+
+    assert [gone for _, gone in emptied(5)] != [gone for _, gone in emptied(6)]
+    kinds = Counter(emptied(5))
+    both = [key for key, gone in kinds if not gone and (key, True) in kinds]
+    assert len(both) > 14  # of 28 samples, three quarters are expected to be seen with and without
+
+
+def test_a_smaller_share_empties_some_of_the_same_captions(maker: Maker) -> None:
+    few, many = maker.batches(empty=0.2), maker.batches(empty=0.6)
+    for step in range(20):
+        gone, more = ((batches.read(step).text == PAD).all(1) for batches in (few, many))
+        assert not (gone & ~more).any()
 
 
 def test_long_texts_are_cut_and_short_ones_padded() -> None:

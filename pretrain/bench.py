@@ -1,0 +1,141 @@
+"""Time a training step and sampling of a small model against its linear layers alone; `kernels/bench.py` runs it.
+
+The model has 12 layers of width 512, 256 text slots, 32 x 32 codes, 16,384 words and 8,192 codes, as a
+peer of that size would be set up. One thread, process CPU time, in fp32. What is timed and its floor
+take turns, so that both meet the machine in the same state; of each the best round counts.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.linear import linear
+from pretrain.config import OptimConfig, TransformerConfig
+from pretrain.draw import Taste, draw_rows
+from pretrain.model import Linear, Sizes, Transformer, text_image_loss
+from pretrain.optim import decay_groups
+
+CONFIG = TransformerConfig(n_text=256, n_layers=12, n_heads=8, d_head=64)
+SIZES = Sizes(text_vocab=16_384, codebook=8_192, grid=32)
+ROUNDS = 5
+FLOORS_A_ROW = 4
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of this process that `work` takes."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def best_of(rounds: int, *works: Callable[[], object]) -> list[float]:
+    """The least CPU seconds of each over some rounds in which they take turns, after one that does not count."""
+    times = [[cpu_seconds(work) for work in works] for _ in range(rounds + 1)]
+    return [min(column) for column in zip(*times[1:], strict=True)]
+
+
+class TrainingStep:
+    """One update of the model, and of its linear layers alone."""
+
+    def __init__(self, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = Transformer(CONFIG, SIZES)
+        optim = OptimConfig()
+        self.optimizer = torch.optim.AdamW(decay_groups(self.model, optim.weight_decay), lr=optim.lr, fused=True)
+        self.text = torch.randint(SIZES.text_vocab, (batch, CONFIG.n_text - 1))
+        self.image = torch.randint(SIZES.codebook, (batch, SIZES.grid**2))
+        named = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
+        slots = {"text_head": self.text.shape[1], "image_head": self.image.shape[1]}
+        everywhere = self.model.layout.n_slots
+        self.linears = [(module, batch * slots.get(name, everywhere)) for name, module in named]
+        sides = {(rows, width) for m, rows in self.linears for width in (m.in_features, m.out_features)}
+        self.values = {side: torch.randn(side) for side in sorted(sides)}
+
+    def whole(self) -> None:
+        """Forward, loss, backward, AdamW."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss().backward()
+        self.optimizer.step()
+
+    def _loss(self) -> Tensor:
+        text_logits, image_logits = self.model(self.text, self.image)
+        n_words = float(self.text.numel())
+        return text_image_loss(text_logits, image_logits, self.text, self.image, 0.125, n_words).total
+
+    def linears_alone(self, door: Callable[..., Tensor] = F.linear) -> None:
+        """The matrix products and biases of `whole`, forward and backward, and AdamW on them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for module, rows in self.linears:
+            x = self.values[rows, module.in_features].detach().requires_grad_()
+            door(x, module.weight, module.bias).backward(self.values[rows, module.out_features])
+        self.optimizer.step()
+
+
+def step_row(batch: int) -> dict[str, float]:
+    """CPU seconds of an update; of its linear layers by torch's own nn.Linear, the floor; `own_floor_ratio`:
+    against the same by our doors."""
+    step = TrainingStep(batch)
+    ours, floor, own = best_of(ROUNDS, step.whole, step.linears_alone, lambda: step.linears_alone(linear))
+    return {"ours": ours, "theirs": floor, "ratio": ours / floor, "own_floor_ratio": ours / own}
+
+
+def memory_row(batch: int) -> dict[str, float]:
+    """The largest memory of the process over two updates, in GB."""
+    step = TrainingStep(batch)
+    step.whole()
+    step.whole()
+    return {"ours": peak_gib() * 2**30 / 1e9}
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@torch.no_grad()
+def sample_row(candidates: int) -> dict[str, float]:
+    """CPU seconds a slot of drawing all 1,024 codes of one caption's candidates, reading the caption included.
+
+    The floor is the linear layers of a step alone by torch's own nn.Linear, timed after each row; `own_floor`
+    is the same by our doors, which on some processors is lower.
+    """
+    torch.manual_seed(0)
+    model = Transformer(CONFIG, SIZES).eval()
+    nn.init.normal_(model.image_head.weight, std=0.05)
+    text = torch.randint(SIZES.text_vocab, (1, CONFIG.n_text - 1))
+    keys = torch.randint(2**62, (candidates, SIZES.grid**2))
+    own = [m for name, m in model.named_modules() if isinstance(m, Linear) and name != "text_head"]
+    plain = [nn.Linear(m.in_features, m.out_features) for m in own]
+    model.pack()
+    inputs = {width: torch.randn(candidates, width) for width in {m.in_features for m in own}}
+    rows = draw_rows(model, text, keys, Taste())
+    ours, floor, own_floor = 0.0, 0.0, 0.0
+    for _ in range(SIZES.grid):
+        ours += cpu_seconds(lambda: next(rows))
+        for _ in range(FLOORS_A_ROW):
+            floor += cpu_seconds(lambda: [m(inputs[m.in_features]) for m in plain])
+            own_floor += cpu_seconds(lambda: [Linear.forward(m, inputs[m.in_features]) for m in own])
+    ours, floors = ours / SIZES.grid**2, SIZES.grid * FLOORS_A_ROW
+    floor, own_floor = floor / floors, own_floor / floors
+    return {"ours": ours, "theirs": floor, "ratio": floor / ours, "own_floor_ratio": own_floor / ours}
+
+
+def main() -> None:
+    """Print one JSON line: `python -m pretrain.bench step|memory|sample COUNT`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["step", "memory", "sample"])
+    parser.add_argument("count", type=int, help="batch, or candidates of one caption")
+    words = parser.parse_args()
+    torch.set_num_threads(1)
+    measure = {"step": step_row, "memory": memory_row, "sample": sample_row}[words.what]
+    print(json.dumps(measure(words.count) | {"load": os.getloadavg()[0]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ turns with the peer's own linear layers alone, so that both meet the machine in 
 """
 
 import argparse
+import importlib.machinery
 import json
 import os
 import resource
@@ -44,6 +45,10 @@ class Hollow(types.ModuleType):
     """A module with nothing in it, whatever is asked for: an empty class."""
 
     __path__: list[str] = []
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # importlib.util.find_spec wants one
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):

@@ -49,6 +49,8 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler makes its own choice
+        return False
     return a.dtype == b.dtype == torch.float32 and a.device.type == "cpu" and _mkl_is_slow()
 
 

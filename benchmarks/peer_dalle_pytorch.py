@@ -6,6 +6,7 @@ convolution is 5 x 5. For sampling the row and column layers are its masked full
 """
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ def loss(model: nn.Module, text: Tensor, image: Tensor) -> Tensor:
 def generate(model: nn.Module, text: Tensor, image: Tensor) -> None:
     """Its generate_images, told to use its cache, which it does not do where the guidance scale is 1 (the default)."""
     picture = torch.zeros(len(image), 3, 2 * GRID, 2 * GRID)
-    model.generate_images(text, img=picture, num_init_img_tokens=PREFIX, use_cache=True)
+    draw: Callable[..., object] = model.generate_images  # type: ignore[assignment]
+    draw(text, img=picture, num_init_img_tokens=PREFIX, use_cache=True)
 
 
 def draw_with_its_cache(model: nn.Module, text: Tensor, image: Tensor) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 N_LAYERS, D_MODEL, N_HEADS, D_HEAD = 12, 512, 8, 64
 N_TEXT, GRID, TEXT_VOCAB, CODEBOOK = 256, 32, 16_384, 8_192
 PREFIX = GRID**2 // 2  # sampling starts at row 16: a token there costs what one costs on average over the picture
-ROUNDS = 1
-MOST_TOKENS, BUDGET_SECONDS = 3, 5.0
+ROUNDS = 4
+MOST_TOKENS, BUDGET_SECONDS = 32, 40.0
 
 
 @dataclass(frozen=True)

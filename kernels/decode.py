@@ -18,20 +18,14 @@ from kernels.reference import wide
 
 @dataclass(frozen=True)
 class Visit:
-    """Where one image slot writes its key, which run of the store it reads, and what it sees there."""
+    """Where one image slot writes its key, which run of the store it reads, and what it sees there.
 
-    write: Tensor  # (1,) int64 place in the store
-    run: Tensor  # (1,) int64
+    Places are numbers where stores can then be read as views, and (1,) int64 tensors for a CUDA graph.
+    """
+
+    write: int | Tensor  # place in the store
+    run: int | Tensor
     bias: Tensor  # (places in a run,), 0 or -inf
-
-
-@dataclass(frozen=True)
-class CpuVisit:
-    """The same where no graph is recorded: places are numbers, so stores are read as views."""
-
-    write: int
-    run: int
-    bias: Tensor
 
 
 class Visits:
@@ -55,12 +49,11 @@ class Visits:
         self.run = run.to(like.device)
         self.bias = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, -torch.inf).to(like.device)
 
-    def at(self, slot: Tensor) -> Visit | CpuVisit:
-        """The visit of image slot `slot`, (1,) int64."""
-        if slot.is_cuda:
+    def at(self, slot: int | Tensor) -> Visit:
+        """The visit of an image slot, given as a number or as a (1,) int64 tensor."""
+        if isinstance(slot, Tensor):
             return Visit(self.write[slot], self.run[slot], self.bias[slot][0])
-        place = self.places[int(slot)]
-        return CpuVisit(place, place // self.length, self.bias[int(slot)])
+        return Visit(self.places[slot], self.places[slot] // self.length, self.bias[slot])
 
 
 class PatternCache:
@@ -96,7 +89,7 @@ class PatternCache:
             image = image[:, :, :, slots].repeat_interleave(self.candidates, 2)
             self.image.index_copy_(2, places, image.flatten(1, 2))
 
-    def attend(self, qkv: Tensor, visit: Visit | CpuVisit) -> Tensor:
+    def attend(self, qkv: Tensor, visit: Visit) -> Tensor:
         """Store one image slot of every candidate and attend from it: qkv (C N, 3, H, D) -> (C N, H, D)."""
         x, _, h, d = qkv.shape
         by_head = qkv.permute(1, 2, 0, 3).contiguous().view(3, h * x, 1, d)
@@ -109,13 +102,15 @@ class PatternCache:
         seen = torch.bmm(text.view(*rows, self.n_text), self.text_values).view(h * x, 1, d)
         return torch.baddbmm(seen, image, values).view(h, x, d).transpose(0, 1)
 
-    def _store(self, keys_values: Tensor, visit: Visit | CpuVisit) -> Tensor:
+    def _store(self, keys_values: Tensor, visit: Visit) -> Tensor:
         """Write a slot's (2, H C N, 1, D) and give the run of the store that it reads, (2, H C N, places, D)."""
         length = self.visits.length
-        if isinstance(visit, CpuVisit):
+        if isinstance(visit.write, int):
             self.image.select(2, visit.write).copy_(keys_values[:, :, 0])
+        else:
+            self.image.index_copy_(2, visit.write, keys_values)
+        if isinstance(visit.run, int):
             return self.image.narrow(2, visit.run * length, length)
-        self.image.index_copy_(2, visit.write, keys_values)
         if self.visits.runs == 1:
             return self.image
         return self.image.unflatten(2, (self.visits.runs, length)).index_select(2, visit.run).squeeze(2)

@@ -62,12 +62,12 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "attention", "resblock"] = setting(
         "none", "resblocks whose activations the backward pass computes again instead of keeping them"
     )
-    compile: bool = setting(False, "torch.compile each resblock: a slow start, faster steps on a GPU")
+    compile: bool = setting(False, "torch.compile the MLP resblocks: a slow start, faster steps on a GPU")
     zero_stage: int = setting(1, "DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights")
     text_weight: float = setting(0.125, "share of the text loss; the image has the rest (the paper: 1/8)")
     bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training (the paper: 0.1)")
     caption_dropout: float = setting(
-        0.0, "chance to train on an empty caption, which `smalti sample cfg_scale=...` needs; 0.1 is usual"
+        0.1, "chance to train on an empty caption, which `smalti sample cfg_scale=...` needs (the paper: 0)"
     )
     evaluate_every: int = setting(200, "steps between held-out losses")
     save_every: int = setting(200, "steps between checkpoints")
@@ -151,6 +151,9 @@ class SampleConfig:
     prime_rows: int = setting(0, "only its top rows of codes (the paper: 15 of 32); 0 is all that is opaque")
     preview: bool = setting(False, "write OUT/preview.png after each row of codes")
     seed: int = setting(0, "with the caption and the candidate's number decides the picture")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "auto: bf16 on a GPU that computes in it, else fp32; only in fp32 is a picture the same in any batch"
+    )
     batch: int = setting(64, "pictures drawn at a time; changes nothing but speed and memory")
 
     def __post_init__(self) -> None:

@@ -81,7 +81,8 @@ class Decoder:
         return self._guided(torch.stack(logits))[0]
 
     def _compute(self, before: Tensor, slot: Tensor) -> Tensor:
-        visits = {sparsity: visits.at(slot) for sparsity, visits in self.visits.items()}
+        at = slot if self._graph else int(slot)
+        visits = {sparsity: visits.at(at) for sparsity, visits in self.visits.items()}
         attends = [
             partial(cache.attend, visit=visits[sparsity])
             for cache, sparsity in zip(self.caches, self.sparsities, strict=True)

@@ -31,7 +31,7 @@ class Engine:
         self._deepspeed = _import_deepspeed(place)
         optimizer = torch.optim.AdamW(
             decay_groups(model, config.optim.weight_decay),
-            lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps,
+            lr=config.optim.lr, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps, fused=True,
         )  # fmt: skip
         self._engine, self._optimizer, _, _ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_settings(config, place.world_size)
@@ -103,7 +103,7 @@ def build_engine(config: TrainConfig, sizes: Sizes, place: Place) -> Engine:
     torch.manual_seed(config.seed)
     model = Transformer(config.model, sizes, config.attention, config.activation_checkpointing).to(place.device)
     if config.compile:
-        model.compile_resblocks()
+        model.compile_mlps()
     return Engine(model, config, place)
 
 

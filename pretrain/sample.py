@@ -12,7 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from cluster.manifest import (
     write_manifest,
 )
 from cluster.metrics import Progress
-from cluster.process import Place, joined_place, share_cores, wait_for_all
+from cluster.process import Place, computes_bf16, joined_place, share_cores, wait_for_all
 from cluster.settings import SettingError, from_dict, to_dict
 from cluster.weights import load_weights
 from data_pipeline.bpe import Vocabulary, open_vocabulary
@@ -53,20 +53,21 @@ from pretrain.prime import read_prime
 FREE = ("captions", "model", "dvae", "vocab", "out", "batch", "prime", "preview")  # paths, and what changes no picture
 
 
-def open_transformer(folder: Path, device: torch.device) -> tuple[Transformer, Manifest]:
+def open_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Manifest]:
     """The trained transformer of a finished run folder, ready to draw, and its manifest."""
     manifest = read_manifest(folder, "transformer")
     config = json.loads((folder / "config.json").read_text())
     sizes = Sizes(config["text_vocab"], config["codebook"], config["grid"])
     model = Transformer(from_dict(TransformerConfig, manifest.settings["model"]), sizes)
     load_weights(folder, model)
-    return model.eval().to(device).pack(), manifest
+    return model.eval().to(device, dtype).pack(), manifest
 
 
 def sample(config: SampleConfig, place: Place) -> None:
     """Run the stage; see the module's text."""
     captions = read_captions(config.captions)
-    model, about = open_transformer(Path(config.model), place.device)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model, about = open_transformer(Path(config.model), place.device, dtype)
     dvae, dvae_about = open_dvae(Path(config.dvae), place.device)
     vocabulary, vocab = open_vocabulary(Path(config.vocab))
     refuse_other_origin(Path(config.model), about, "dvae", Path(config.dvae), dvae_about.fingerprint)
@@ -240,6 +241,9 @@ def run_sample(config: SampleConfig) -> None:
     """Join the job and draw."""
     with joined_place() as place:
         share_cores(place)
+        if config.precision == "auto":  # the pictures' record names what was used
+            halved = place.device.type == "cuda" and computes_bf16(place)
+            config = replace(config, precision="bf16" if halved else "fp32")
         sample(config, place)
 
 

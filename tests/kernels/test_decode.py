@@ -38,23 +38,28 @@ def filled(qkv: Tensor, sparsity: Sparsity, captions: int, lead: int) -> Pattern
     return cache
 
 
-def steps(cache: PatternCache, qkv: Tensor, sparsity: Sparsity, lead: int) -> Iterator[tuple[int, Tensor]]:
-    """(slot, output (C N, H, D)) of every image slot from `lead` on."""
+def steps(
+    cache: PatternCache, qkv: Tensor, sparsity: Sparsity, lead: int, as_tensor: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(slot, output (C N, H, D)) of the image slots from `lead` on, given as numbers or as a CUDA graph takes them."""
     for slot in range(lead, sparsity.layout.n_image):
-        visit = cache.visits.at(torch.tensor([slot]))
+        visit = cache.visits.at(torch.tensor([slot]) if as_tensor else slot)
         yield slot, cache.attend(qkv[:, sparsity.layout.n_text + slot], visit)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_step_by_step_it_is_attention_whatever_has_been_read_before(layout: Layout, dtype: torch.dtype) -> None:
+def test_step_by_step_it_is_attention_whatever_has_been_read_before(
+    layout: Layout, dtype: torch.dtype, as_tensor: bool
+) -> None:
     for sparsity in sparsities(layout):
         for number, lead in enumerate(sorted({0, 1, layout.columns, layout.columns + 2, layout.n_image - 1})):
             captions, candidates = GROUPS[number % len(GROUPS)]
             lead = min(lead, layout.n_image - 1)
             qkv = draw(layout, captions, candidates, lead, dtype)
             want = attention(qkv.double(), sparsity, "dense")[:, layout.n_text + lead :]
-            got = [out for _, out in steps(filled(qkv, sparsity, captions, lead), qkv, sparsity, lead)]
+            got = [out for _, out in steps(filled(qkv, sparsity, captions, lead), qkv, sparsity, lead, as_tensor)]
             assert got[0].dtype == dtype
             assert relative_error(torch.stack(got, 1), want) < LIMIT[dtype]
 
@@ -84,7 +89,7 @@ def test_what_a_slot_may_no_longer_see_has_no_say() -> None:
             holds = {cache.visits.places[old]: old for old in range(slot)}  # the latest of each place
             hidden = [p for p in range(kept.shape[2]) if p not in holds or not seen[slot, holds[p]]]
             cache.image[:, :, hidden] = 1e6
-            out = cache.attend(qkv[:, layout.n_text + slot], cache.visits.at(torch.tensor([slot])))
+            out = cache.attend(qkv[:, layout.n_text + slot], cache.visits.at(slot))
             torch.testing.assert_close(out, want[:, slot], rtol=1e-12, atol=1e-13)
             hidden = [p for p in hidden if p != cache.visits.places[slot]]
             cache.image[:, :, hidden] = kept[:, :, hidden]

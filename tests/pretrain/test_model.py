@@ -186,9 +186,9 @@ def test_the_residual_stream_is_float32_under_16_bit_weights(recompute: Recomput
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_resblocks_agree_with_the_others() -> None:
+def test_compiled_mlps_agree_with_the_others() -> None:
     want, net = loss_and_gradients(model("cpu")), model("cpu", "attention")
-    net.compile_resblocks()
+    net.compile_mlps()
     got = loss_and_gradients(net)
     for name in want:
         torch.testing.assert_close(got[name], want[name], atol=1e-5, rtol=1e-4)

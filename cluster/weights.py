@@ -24,11 +24,25 @@ def save_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Fill `model` from a run folder's release; FolderError if the file is damaged or of another shape."""
+    path = folder / WEIGHTS
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise FolderError(f"{folder / WEIGHTS} cannot be used: {reason}") from None
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FolderError(f"{path} cannot be read: {error}") from None
+    wanted = model.state_dict()
+    names = sorted(found.keys() | wanted.keys())
+    wrong = [name for name in names if _shape(found.get(name)) != _shape(wanted.get(name))]
+    if wrong:
+        first = f"{wrong[0]} is {_shape(found.get(wrong[0]))} there and {_shape(wanted.get(wrong[0]))} here"
+        raise FolderError(
+            f"{path} does not fit its settings in {len(wrong)} of {len(names)} weights ({first}): "
+            "it was changed, or another version of smalti wrote it; train again, or use that version"
+        )
+    model.load_state_dict(found)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -8,12 +8,10 @@ machine. Every run is appended to kernels/results.csv. About 4 minutes. On a GPU
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -26,6 +24,7 @@ from torch import Tensor
 from kernels.attention import How, attention
 from kernels.decode import PatternCache, Visits
 from kernels.layout import Layout, Pattern, Sparsity, layer_pattern
+from kernels.measure import append, best_of
 from kernels.reference import masked_attention
 
 PAPER = Layout(256, 32, 32)
@@ -47,19 +46,6 @@ class Row:
     load: float
     bound: Literal["at least", "at most"]  # what the bar is of the ratio
     note: str
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process that `work` takes."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def best_of(rounds: int, *works: Callable[[], object]) -> list[float]:
-    """The least CPU seconds of each over some rounds in which they take turns, after one that does not count."""
-    times = [[cpu_seconds(work) for work in works] for _ in range(rounds + 1)]
-    return [min(column) for column in zip(*times[1:], strict=True)]
 
 
 def attention_row(pattern: Pattern) -> Row:
@@ -125,14 +111,8 @@ def load() -> float:
 
 def record(row: Row, path: Path) -> None:
     """Append a row with the date, processor and torch to the record of all runs."""
-    about = {"date": date.today().isoformat(), "cpu": torch.cpu.get_capabilities().get("cpu_name", "unknown")}
-    line = about | {"torch": torch.__version__} | asdict(row)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(line))
-        if is_new:
-            writer.writeheader()
-        writer.writerow({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in line.items()})
+    cpu = str(torch.cpu.get_capabilities().get("cpu_name", "unknown"))
+    append([{"date": date.today().isoformat(), "cpu": cpu, "torch": torch.__version__} | asdict(row)], path)
 
 
 def main() -> None:

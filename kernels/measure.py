@@ -1,4 +1,4 @@
-"""What benchmarks on a device share: a clock, the device's ceilings, and rows of results for a CSV file and a table."""
+"""What benchmarks share: clocks, a device's ceilings, and rows of results for a CSV file and a table."""
 
 import csv
 import platform
@@ -65,6 +65,19 @@ class Clock:
         launch = self._on_host(work, lambda: ready)
         torch.cuda.synchronize(self.device)
         return min(2 * launch, MOST_WAIT)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of this process that `work` takes."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def best_of(rounds: int, *works: Callable[[], object]) -> list[float]:
+    """The least CPU seconds of each over some rounds in which they take turns, after one that does not count."""
+    times = [[cpu_seconds(work) for work in works] for _ in range(rounds + 1)]
+    return [min(column) for column in zip(*times[1:], strict=True)]
 
 
 def wall_seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.bench import best_of, cpu_seconds
 from kernels.linear import linear
-from pretrain.config import OptimConfig, TransformerConfig
+from kernels.measure import best_of, cpu_seconds
+from pretrain.config import TransformerConfig
 from pretrain.draw import Taste, draw_rows
-from pretrain.model import Linear, Sizes, Transformer, text_image_loss
-from pretrain.optim import decay_groups
+from pretrain.model import Linear, Sizes, Transformer
+from pretrain.update import Update
 
 CONFIG = TransformerConfig(n_text=256, n_layers=12, n_heads=8, d_head=64)
 SIZES = Sizes(text_vocab=16_384, codebook=8_192, grid=32)
@@ -33,32 +33,17 @@ class TrainingStep:
     """One update of the model, and of its linear layers alone."""
 
     def __init__(self, batch: int) -> None:
-        torch.manual_seed(0)
-        self.model = Transformer(CONFIG, SIZES)
-        optim = OptimConfig()
-        self.optimizer = torch.optim.AdamW(decay_groups(self.model, optim.weight_decay), lr=optim.lr, fused=True)
-        self.text = torch.randint(SIZES.text_vocab, (batch, CONFIG.n_text - 1))
-        self.image = torch.randint(SIZES.codebook, (batch, SIZES.grid**2))
-        named = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
-        slots = {"text_head": self.text.shape[1], "image_head": self.image.shape[1]}
-        everywhere = self.model.layout.n_slots
-        self.linears = [(module, batch * slots.get(name, everywhere)) for name, module in named]
+        self.whole = Update(CONFIG, SIZES, batch, torch.device("cpu"), torch.float32)
+        model, optimizer = self.whole.model, self.whole.optimizer
+        self.optimizer = optimizer
+        slots = {"text_head": CONFIG.n_text - 1, "image_head": SIZES.grid**2}
+        named = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear)]
+        self.linears = [(module, batch * slots.get(name, model.layout.n_slots)) for name, module in named]
         sides = {(rows, width) for m, rows in self.linears for width in (m.in_features, m.out_features)}
         self.values = {side: torch.randn(side) for side in sorted(sides)}
 
-    def whole(self) -> None:
-        """Forward, loss, backward, AdamW."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss().backward()
-        self.optimizer.step()
-
-    def _loss(self) -> Tensor:
-        text_logits, image_logits = self.model(self.text, self.image)
-        n_words = float(self.text.numel())
-        return text_image_loss(text_logits, image_logits, self.text, self.image, 0.125, n_words).total
-
     def linears_alone(self, door: Callable[..., Tensor] = F.linear) -> None:
-        """The matrix products and biases of `whole`, forward and backward, and AdamW on them."""
+        """The matrix products and biases of an update, forward and backward, and AdamW on them."""
         self.optimizer.zero_grad(set_to_none=True)
         for module, rows in self.linears:
             x = self.values[rows, module.in_features].detach().requires_grad_()
@@ -77,16 +62,12 @@ def step_row(batch: int) -> dict[str, float | str]:
 
 def memory_row(batch: int) -> dict[str, float | str]:
     """The largest memory of the process over two updates, in GB."""
-    step = TrainingStep(batch)
-    step.whole()
-    step.whole()
+    update = Update(CONFIG, SIZES, batch, torch.device("cpu"), torch.float32)
+    update()
+    update()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {
-        "ours": peak,
-        "theirs": MEMORY_BAR,
-        "ratio": peak / MEMORY_BAR,
-        "note": "GB, peak of the process; theirs: bar",
-    }
+    note = f"GB, peak of the process at batch {batch}; theirs: the bar"
+    return {"ours": peak, "theirs": MEMORY_BAR, "ratio": peak / MEMORY_BAR, "note": note}
 
 
 @torch.no_grad()

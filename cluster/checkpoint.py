@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.manifest import file_digest, write_bytes, write_json
-from cluster.process import Place, wait_for_all
-from cluster.settings import UserError
+from cluster.process import Place, largest_of
 
 SEAL = "smalti_manifest.json"
 _STEP = re.compile(r"global_step(\d+)")
@@ -25,36 +24,57 @@ _STEP = re.compile(r"global_step(\d+)")
 class Checkpoints:
     """The `checkpoints/` folder of one run."""
 
-    def __init__(self, folder: Path, place: Place, keep_last: int) -> None:
+    def __init__(self, folder: Path, place: Place, keep_last: int, keep_every: int = 0) -> None:
+        """keep_last: how many are kept; keep_every: those of its multiples are kept as well, 0 is none."""
         self.folder = folder
         self.place = place
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
 
-    def save(self, step: int, about: dict[str, Any], write: Callable[[Path, str], None]) -> None:
-        """Save the state after `step` updates; called by every rank.
+    def save(self, step: int, about: dict[str, Any], write: Callable[[Path, str], None]) -> bool:
+        """Save the state after `step` updates; called by every rank, and the same answer on all: is it saved?
 
-        `write(folder, tag)` puts the state's files into folder / tag, on every rank. `about` (JSON)
-        is kept in the seal. A full disk stops the run with a UserError; earlier saves stay valid.
+        `write(folder, tag)` puts the state's files into folder / tag, on every rank. `about` (JSON) is kept
+        in the seal. A save that fails, or that would not fit on the disk as the newest one does, says so in
+        one line and leaves earlier ones as they were: a healthy run goes on.
         """
         tag = f"global_step{step}"
         part = self.folder / "unfinished"
-        if self.place.is_main:
-            shutil.rmtree(part, ignore_errors=True)
-            (part / tag).mkdir(parents=True)
-        wait_for_all(self.place)
+        problem = self._prepare(part / tag) if self.place.is_main else ""
+        if self._anywhere(tag, problem):
+            return False
         try:
             write(part, tag)
-            wait_for_all(self.place)
+        except (OSError, RuntimeError) as error:
+            problem = _reason(error)
+        if self._anywhere(tag, problem):
+            shutil.rmtree(part, ignore_errors=True)
+            return False
+        try:
             if self.place.is_main:
                 self._seal(part / tag, step, about)
-        except (OSError, RuntimeError) as error:
-            free = shutil.disk_usage(self.folder).free / 2**20
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(
-                f"could not save {self.folder / tag} with {free:.0f} MiB of disk free ({_reason(error)}); "
-                "earlier checkpoints are untouched: free some space and run the same command again"
-            ) from error
-        wait_for_all(self.place)
+        except OSError as error:
+            problem = _reason(error)
+        return not self._anywhere(tag, problem)
+
+    def _prepare(self, part: Path) -> str:
+        """Make the unfinished folder; what stands against it, if anything."""
+        try:
+            shutil.rmtree(part.parent, ignore_errors=True)
+            part.mkdir(parents=True)
+            files = [path for _, folder in sorted(self._found())[-1:] for path in folder.rglob("*")]
+            needed = sum(path.stat().st_size for path in files)
+            free = shutil.disk_usage(part).free
+        except OSError as error:
+            return _reason(error)
+        return f"the newest one has {needed / 2**20:.0f} MiB" if free < needed else ""
+
+    def _anywhere(self, tag: str, problem: str) -> bool:
+        """True on all ranks if any has a problem, which that one tells."""
+        if problem:
+            free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.is_dir() else 0
+            told = f"could not save {self.folder / tag} with {free:.0f} MiB of disk free ({problem})"
+            print(f"smalti: {told}; earlier checkpoints are untouched", file=sys.stderr, flush=True)
+        return bool(largest_of(self.place, int(bool(problem))))
 
     def newest_valid(self) -> tuple[int, Path, dict[str, Any]] | None:
         """(step, folder, about) of the newest checkpoint that verifies, or None if there is none."""
@@ -78,8 +98,9 @@ class Checkpoints:
         part.rename(target)
         write_bytes(self.folder / "latest", part.name.encode())
         shutil.rmtree(part.parent, ignore_errors=True)
-        for _, old in sorted(self._found())[: -self.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old_step, old in sorted(self._found())[: -self.keep_last]:
+            if not self.keep_every or old_step % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _found(self) -> list[tuple[int, Path]]:
         paths = self.folder.glob("global_step*") if self.folder.is_dir() else ()

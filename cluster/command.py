@@ -1,7 +1,7 @@
 """How every entry point starts and fails: help, settings, one-line errors, exit codes.
 
-Exit codes: 0 done, 1 a user's mistake or a full disk (one line says which), 2 wrong words,
-130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a user's mistake or a full disk (one line says which), 2 wrong words, 70 hung,
+75 stopped by a signal or a time limit and saved (start it again), 130 stopped by Ctrl-C.
 """
 
 import sys
@@ -13,25 +13,35 @@ from typing import Any
 from cluster.manifest import FolderError
 from cluster.process import launched_rank
 from cluster.settings import SettingError, UserError, describe, load_settings, preset_names, to_toml
+from cluster.watch import INTERRUPTED, REQUEUE, Requeue
 
-INTERRUPTED = 130  # exit code of Ctrl-C, as shells have it
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # old launchers add it; process.py reads LOCAL_RANK
 
 
 @dataclass(frozen=True)
 class Command:
-    """One verb: its settings, where its presets lie, and what it runs."""
+    """One verb: its settings, where its presets lie, what it runs, and which settings plain words fill, in order.
+
+    A verb of two words ("dvae import") is a verb like any other.
+    """
 
     verb: str
     config: type
     presets: Path
     run: Callable[[Any], None]
     about: str
+    plain: tuple[str, ...] = ()
+
+    def settings(self, words: list[str]) -> Any:
+        """The settings that the words give; SettingError as `load_settings` raises it."""
+        return load_settings(self.config, words, self.presets, self.plain)
 
     def help(self) -> str:
         names = ", ".join(preset_names(self.presets)) or "none"
+        plain = "".join(f"[{key.upper()}] " for key in self.plain)
+        start = f"{plain}[FILE.toml]" if plain else "[PRESET | FILE.toml]"
         return (
-            f"smalti {self.verb} [PRESET | FILE.toml] [key=value | --key value ...] [--show]\n\n"
+            f"smalti {self.verb} {start} [key=value | --key value ...] [--show]\n\n"
             f"{self.about.strip()}\n\n"
             f"Presets: {names}.  --show prints the resolved settings and stops.\n\n"
             f"Settings (key=default):\n{describe(self.config)}\n"
@@ -45,7 +55,7 @@ def run_command(command: Command, words: list[str]) -> int:
         print(command.help())
         return 0
     try:
-        config: Any = load_settings(command.config, [word for word in words if word != "--show"], command.presets)
+        config = command.settings([word for word in words if word != "--show"])
         if "--show" in words:
             print(to_toml(config), end="")
         else:
@@ -56,6 +66,8 @@ def run_command(command: Command, words: list[str]) -> int:
         return _fail(command.verb, str(error), 1)
     except KeyboardInterrupt:
         return _fail(command.verb, "stopped; run the same command again to go on", INTERRUPTED)
+    except Requeue:
+        return _fail(command.verb, f"stopped before the end (exit code {REQUEUE}); the same command goes on", REQUEUE)
     except UserError as error:
         return _fail(command.verb, str(error), 1, every_rank=True)
     except OSError as error:

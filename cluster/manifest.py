@@ -18,7 +18,7 @@ from cluster.settings import UserError
 NAME = "manifest.json"
 VERB_OF = {
     "images": "preprocess", "vocab": "preprocess", "dvae": "dvae", "tokens": "tokenise", "transformer": "train",
-    "scorer": "scorer", "samples": "sample", "ranked": "rerank",
+    "scorer": "scorer", "samples": "sample", "ranked": "rerank", "openai": "dvae export",
 }  # fmt: skip
 FORMAT = 1  # raise it when a reader of the old form would misread the new one
 
@@ -90,25 +90,39 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def is_done(folder: Path, kind: str, settings: dict[str, Any], made_from: dict[str, str]) -> bool:
-    """True if the folder was finished with just these settings and inputs; FolderError if with others."""
+def is_done(
+    folder: Path, kind: str, settings: dict[str, Any], made_from: dict[str, str], allowed: tuple[str, ...] = ()
+) -> bool:
+    """True if the folder was finished with just these settings and inputs; FolderError if with others.
+
+    A difference in a setting named in `allowed` is no error: the folder is then not done.
+    """
     if not (folder / NAME).is_file():
         return False
     manifest = read_manifest(folder, kind)
-    refuse_difference(folder, "settings", manifest.settings, settings)
+    refuse_difference(folder, "settings", manifest.settings, settings, allowed)
+    if differences(manifest.settings, settings):
+        return False
     refuse_difference(folder, "inputs", manifest.made_from, made_from)
     check_files(folder, manifest)
     return True
 
 
-def refuse_difference(folder: Path, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """FolderError naming every key in which the folder's values differ from the ones asked for."""
-    flat_old, flat_new = _flat(old), _flat(new)
-    changed = [
-        f"{key}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} here"
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """What differs between two nested dicts: "section.key" -> both values, in words."""
+    flat_old, flat_new = flat(old), flat(new)
+    return {
+        key: f"{key}: {flat_old.get(key)!r} there, {flat_new.get(key)!r} here"
         for key in sorted(flat_old.keys() | flat_new.keys())
         if flat_old.get(key) != flat_new.get(key)
-    ]
+    }
+
+
+def refuse_difference(
+    folder: Path, what: str, old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...] = ()
+) -> None:
+    """FolderError naming every key, but those allowed, in which the folder's values differ from the ones asked for."""
+    changed = [words for key, words in differences(old, new).items() if key not in allowed]
     if changed:
         raise FolderError(
             f"{folder} was made with other {what} ({'; '.join(changed)}); use them, or another `out`, or remove it"
@@ -163,11 +177,12 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys "section.key"; tuples as the lists that JSON makes of them."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found

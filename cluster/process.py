@@ -50,13 +50,13 @@ def lone_place() -> Place:
     return Place(0, 1, _pick_device(0))
 
 
-def all_agree(place: Place, flag: bool) -> bool:
-    """True on every rank if `flag` is true on any rank."""
+def largest_of(place: Place, value: int) -> int:
+    """The largest of all ranks' values, on every rank."""
     if place.world_size == 1:
-        return flag
-    answer = torch.tensor(int(flag), device=place.device)
+        return value
+    answer = torch.tensor(value, device=place.device)
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer.item())
+    return int(answer.item())
 
 
 def sum_over_ranks(place: Place, values: dict[str, float]) -> dict[str, float]:
@@ -97,7 +97,7 @@ def computes_bf16(place: Place) -> bool:
         here = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return not all_agree(place, not here)
+    return not largest_of(place, int(not here))
 
 
 def _read(name: str, default: int) -> int:

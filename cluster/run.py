@@ -6,19 +6,40 @@ out/settings.toml  metrics.jsonl  tensorboard/  checkpoints/  manifest.json (whe
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import Checkpoints
-from cluster.manifest import is_done, refuse_difference, write_bytes, write_json, write_manifest
+from cluster.manifest import differences, flat, is_done, refuse_difference, write_bytes, write_json, write_manifest
 from cluster.metrics import Metrics, Progress
 from cluster.process import Place, wait_for_all
-from cluster.settings import UserError, to_dict, to_toml
-from cluster.watch import StopWatch
+from cluster.settings import SettingError, UserError, require_at_least_one, setting, to_dict, to_toml
+from cluster.watch import INTERRUPTED, HangWatch, Requeue, StopWatch
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is watched and kept: the settings that all trainers share."""
+
+    evaluate_every: int = setting(200, "steps between held-out measurements")
+    save_every: int = setting(200, "steps between checkpoints")
+    keep_last: int = setting(2, "checkpoints kept")
+    keep_every: int = setting(0, "steps of whose multiples checkpoints are kept for good; 0 is none")
+    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
+    allow_change: str = setting("", "settings that a resumed run may change, by name, with commas between")
+    stop_after_minutes: float = setting(0.0, "save and end with exit code 75 after so long; 0 is no limit")
+    hang_minutes: float = setting(30.0, "no step for so long: show all stacks, end with exit code 70; 0 waits for ever")
+
+    def __post_init__(self) -> None:
+        require_at_least_one(self, ("evaluate_every", "save_every", "keep_last"))
+        for name in ("keep_every", "stop_after_minutes", "hang_minutes"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 0")
+
 
 # settings that change how a run is watched or where it lies, never what it computes
-FREE = ("out", "resume", "save_every", "keep_last", "evaluate_every", "activation_checkpointing")
+FREE = ("out", "activation_checkpointing", *(field.name for field in fields(RunConfig)))
 
 
 @dataclass(frozen=True)
@@ -42,12 +63,18 @@ class Run:
         self.n_steps: int = config.n_steps
         settings = {key: value for key, value in to_dict(config).items() if key not in FREE + inputs}
         self.identity = Identity(kind, settings, made_from)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", place, config.keep_last)
-        self.is_finished = is_done(self.folder, kind, settings, made_from)
-        self.watch = StopWatch(place)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", place, config.keep_last, config.keep_every)
+        self.allowed = tuple(name.strip() for name in config.allow_change.split(",") if name.strip())
+        if unknown := sorted(set(self.allowed) - flat(settings).keys()):
+            raise SettingError(f"allow_change names {', '.join(unknown)}, which a run does not keep as a setting")
+        self.is_finished = is_done(self.folder, kind, settings, made_from, self.allowed)
+        self.watch = StopWatch(place, config.stop_after_minutes)
+        self.hang_watch = HangWatch(place, config.hang_minutes)
         self.metrics: Metrics | None = None
         self.progress: Progress | None = None
         self._config = config
+        self._code = 0
+        self._saved = -1
         self._last = time.monotonic()
 
     def begin(self, load: Callable[[Path, str], None]) -> int:
@@ -61,7 +88,9 @@ class Run:
             step, folder, about = found
             if not self._config.resume:
                 raise UserError(f"{self.folder} holds a run; name another `out`, remove it, or leave resume=true")
-            refuse_difference(self.folder, "settings", about["settings"], self.identity.settings)
+            refuse_difference(self.folder, "settings", about["settings"], self.identity.settings, self.allowed)
+            for words in differences(about["settings"], self.identity.settings).values():
+                self.say(f"goes on with another setting, {words}")
             refuse_difference(self.folder, "inputs", about["made_from"], self.identity.made_from)
             load(folder.parent, folder.name)
         if self.place.is_main:
@@ -72,11 +101,13 @@ class Run:
                 self.progress.say(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}")
         wait_for_all(self.place)
         self.watch.start()
+        self.hang_watch.start()
         self._last = time.monotonic()
         return step
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Log one training step's values and move the progress line."""
+        self.hang_watch.beat(f"what follows step {step}")
         now = time.monotonic()
         if self.metrics and self.progress:
             self.metrics.record(step, values | {"perf/step_seconds": now - self._last})
@@ -86,6 +117,7 @@ class Run:
 
     def record_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Log held-out values."""
+        self.hang_watch.beat(f"what follows the measurement at step {step}")
         if self.metrics and self.progress:
             self.metrics.record(step, values)
             text = ", ".join(f"{tag.removeprefix('val/')} {value:.4g}" for tag, value in values.items())
@@ -94,12 +126,16 @@ class Run:
 
     def told_to_stop(self) -> bool:
         """One answer for all ranks."""
-        return self.watch.told_to_stop()
+        self._code = self.watch.told_to_stop()
+        return bool(self._code)
 
     def save(self, step: int, write: Callable[[Path, str], None]) -> None:
         """Save the state after `step` updates."""
         about = {"settings": self.identity.settings, "made_from": self.identity.made_from}
-        self.checkpoints.save(step, about, write)
+        self.hang_watch.beat(f"saving after step {step}")
+        if self.checkpoints.save(step, about, write):
+            self._saved = step
+        self.hang_watch.beat(f"what follows the save after step {step}")
 
     def finish(self, counts: dict[str, Any], config_json: dict[str, Any], files: list[str]) -> None:
         """Write config.json and the manifest: from here on the run is done. Rank 0 only acts."""
@@ -117,13 +153,21 @@ class Run:
             print(f"{self.folder}: {text}")
 
     def stopped(self, step: int) -> None:
-        """End a run that was told to stop and has saved: raises KeyboardInterrupt, as Ctrl-C would have."""
+        """End a run that was told to stop after `step`: raises KeyboardInterrupt after Ctrl-C, else Requeue.
+
+        UserError if the save before it failed.
+        """
         self.close()
+        if self._saved != step:
+            raise UserError(
+                f"{self.folder} stopped after step {step} unsaved: the same command goes on from the last save"
+            )
         if self.place.is_main:
             print(f"\n{self.identity.kind}: saved at step {step} of {self.n_steps}", file=sys.stderr)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if self._code == INTERRUPTED else Requeue
 
     def close(self) -> None:
+        self.hang_watch.close()
         if self.metrics and self.progress:
             self.metrics.close()
             self.progress.close()

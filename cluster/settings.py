@@ -47,13 +47,20 @@ def require_at_least_one(config: Any, names: tuple[str, ...], section: str = "")
             raise SettingError(f"{section}{name}={getattr(config, name)} must be at least 1")
 
 
-def load_settings(kind: type[T], words: list[str], presets: Path) -> T:
+def load_settings(kind: type[T], words: list[str], presets: Path, plain: tuple[str, ...] = ()) -> T:
     """Settings of `kind` from words: at most one preset name or TOML path, then `key=value` words.
 
     A flag is the same as a word: `--top-k 50` and `--top-k=50` mean `top_k=50`; a flag followed by
-    no value means `=true`. Raises SettingError.
+    no value means `=true`. Where `plain` names settings, words without `=` that are no TOML path are
+    their values in that order, instead of a preset. Raises SettingError.
     """
     files, changes = split_words(words)
+    if plain:
+        values_of_plain = [word for word in files if not word.endswith(".toml")]
+        if len(values_of_plain) > len(plain):
+            raise SettingError(f"{' '.join(values_of_plain)}: there are more plain words than {', '.join(plain)}")
+        files = [word for word in files if word.endswith(".toml")]
+        changes = [*zip(plain, values_of_plain, strict=False), *changes]
     if len(files) > 1:
         raise SettingError(f"one settings file is allowed, got {len(files)}: {' '.join(files)}")
     values = _read_toml(_find_preset(files[0], presets)) if files else {}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.run import RunConfig
 from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
 
@@ -64,7 +65,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class DvaeTrainConfig:
+class DvaeTrainConfig(RunConfig):
     """A run of the discrete VAE."""
 
     images: str = setting("data/images", "image shards, from `smalti preprocess`")
@@ -78,8 +79,6 @@ class DvaeTrainConfig:
     flip: bool = setting(True, "flip pictures at random (Listing 1)")
     evaluate_every: int = setting(1_000, "steps between held-out measurements")
     save_every: int = setting(1_000, "steps between checkpoints")
-    keep_last: int = setting(2, "checkpoints kept")
-    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
     model: DvaeConfig = section(DvaeConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     data: LoaderConfig = section(LoaderConfig)
@@ -89,4 +88,5 @@ class DvaeTrainConfig:
             raise SettingError(
                 f"start='seeded' needs a linear path, so model.n_groups=1, not {self.model.n_groups} (raise model.fold)"
             )
-        require_at_least_one(self, ("n_steps", "evaluate_every", "save_every", "keep_last"))
+        super().__post_init__()
+        require_at_least_one(self, ("n_steps",))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.run import RunConfig
 from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
 
@@ -45,7 +46,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """A run of the transformer."""
 
     tokens: str = setting("data/tokens", "token shards, from `smalti tokenise`")
@@ -69,10 +70,6 @@ class TrainConfig:
     caption_dropout: float = setting(
         0.1, "chance to train on an empty caption, which `smalti sample cfg_scale=...` needs (the paper: 0)"
     )
-    evaluate_every: int = setting(200, "steps between held-out losses")
-    save_every: int = setting(200, "steps between checkpoints")
-    keep_last: int = setting(2, "checkpoints kept")
-    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
     model: TransformerConfig = section(TransformerConfig)
     optim: OptimConfig = section(OptimConfig)
     data: LoaderConfig = section(LoaderConfig)
@@ -80,7 +77,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise SettingError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
-        require_at_least_one(self, ("n_steps", "evaluate_every", "save_every", "keep_last"))
+        super().__post_init__()
+        require_at_least_one(self, ("n_steps",))
         if not 0 < self.text_weight < 1:
             raise SettingError(f"text_weight={self.text_weight} must be between 0 and 1")
         if not 0 <= self.bpe_dropout < 1:
@@ -109,7 +107,7 @@ class ScorerConfig:
 
 
 @dataclass(frozen=True)
-class ScorerTrainConfig:
+class ScorerTrainConfig(RunConfig):
     """A run of the scorer."""
 
     images: str = setting("data/images", "image shards, from `smalti preprocess`")
@@ -120,15 +118,13 @@ class ScorerTrainConfig:
     shift: int = setting(4, "pixels by which pictures are moved at random")
     bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training")
     evaluate_every: int = setting(100, "steps between held-out measurements")
-    save_every: int = setting(200, "steps between checkpoints")
-    keep_last: int = setting(2, "checkpoints kept")
-    resume: bool = setting(True, "go on from the newest valid checkpoint in out; false refuses a used folder")
     model: ScorerConfig = section(ScorerConfig)
     optim: OptimConfig = section(OptimConfig)
     data: LoaderConfig = section(LoaderConfig)
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, ("n_steps", "evaluate_every", "save_every", "keep_last"))
+        super().__post_init__()
+        require_at_least_one(self, ("n_steps",))
 
 
 @dataclass(frozen=True)

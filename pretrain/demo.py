@@ -25,9 +25,10 @@ from typing import Any
 import psutil
 import torch
 
-from cluster.command import INTERRUPTED, Command, run_command
+from cluster.command import Command, run_command
 from cluster.manifest import read_manifest, write_bytes, write_json
 from cluster.settings import SettingError, UserError, require_at_least_one, setting
+from cluster.watch import INTERRUPTED, REQUEUE, Requeue
 from data_pipeline.loader import Shards, caption_of
 from pretrain.page import write_page
 
@@ -153,6 +154,8 @@ def run_stage(stage: Stage) -> None:
         raise
     if code == INTERRUPTED:
         raise KeyboardInterrupt
+    if code == REQUEUE:
+        raise Requeue
     if code:
         raise UserError(f"stage {stage.name} failed (exit {code}; its message is above): {stage.shown}")
 

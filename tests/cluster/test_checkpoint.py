@@ -4,13 +4,13 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.checkpoint import SEAL, Checkpoints, verify
 from cluster.process import Place
-from cluster.settings import UserError
 
 
 class Killed(BaseException):
@@ -94,8 +94,8 @@ def test_a_flip_anywhere_in_the_seal_breaks_no_restore(tmp_path: Path, place: Pl
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed\ntrace")]
 )
-def test_a_full_disk_stops_with_one_line_and_leaves_earlier_saves(
-    tmp_path: Path, place: Place, error: Exception
+def test_a_save_that_fails_says_so_in_one_line_and_leaves_earlier_ones(
+    tmp_path: Path, place: Place, error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = fill(tmp_path, place, 1)
 
@@ -103,12 +103,59 @@ def test_a_full_disk_stops_with_one_line_and_leaves_earlier_saves(
         (folder / tag / "weights.pt").write_bytes(b"half")
         raise error
 
-    with pytest.raises(UserError, match="global_step2.*free some space") as caught:
-        checkpoints.save(2, {}, fail_half_way)
-    assert "\n" not in str(caught.value)
+    assert not checkpoints.save(2, {}, fail_half_way)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "could not save" in said and "global_step2" in said and "untouched" in said
+    assert not (tmp_path / "unfinished").exists()
     assert checkpoints.newest_valid() == (1, tmp_path / "global_step1", {"step was": 1})
-    checkpoints.save(2, {"again": True}, writer(2))
+    assert checkpoints.save(2, {"again": True}, writer(2))
     assert checkpoints.newest_valid() == (2, tmp_path / "global_step2", {"again": True})
+
+
+def test_a_seal_that_fails_is_a_save_that_fails(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = fill(tmp_path, place, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert not checkpoints.save(2, {}, writer(2))
+    assert "No space left" in capsys.readouterr().err
+    assert checkpoints.newest_valid() == (1, tmp_path / "global_step1", {"step was": 1})
+    assert checkpoints.save(2, {}, writer(2)) and verify(tmp_path / "global_step2") is None
+
+
+def test_a_save_that_would_not_fit_is_not_begun(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = fill(tmp_path, place, 1)
+    size = sum(path.stat().st_size for path in (tmp_path / "global_step1").rglob("*"))
+    written = []
+
+    def write(folder: Path, tag: str) -> None:
+        written.append(tag)
+        writer(2)(folder, tag)
+
+    for free, fits in ((size - 1, False), (size, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert checkpoints.save(2, {}, write) == fits
+        assert bool(written) == fits
+    assert "the newest one has 0 MiB" in capsys.readouterr().err
+
+
+def test_multiples_of_a_step_are_kept_for_good(tmp_path: Path, place: Place) -> None:
+    checkpoints = Checkpoints(tmp_path, place, 1, keep_every=4)
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.save(step, {}, writer(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "global_step10",
+        "global_step4",
+        "global_step8",
+        "latest",
+    ]
 
 
 def test_a_kill_at_any_move_costs_at_most_the_save_in_progress(

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.command import Command, run_command
 from cluster.settings import UserError, setting
+from cluster.watch import Requeue
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def test_a_command_runs_with_its_resolved_settings(make: Callable[..., Command])
             "smalti paint: No space left on device: while writing run\n",
         ),
         (KeyboardInterrupt(), 130, "smalti paint: stopped; run the same command again to go on\n"),
+        (Requeue(), 75, "smalti paint: stopped before the end (exit code 75); the same command goes on\n"),
     ],
 )
 def test_failures_are_one_line_and_an_exit_code(

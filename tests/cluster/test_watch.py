@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,17 +14,63 @@ import torch.multiprocessing as mp
 
 from cluster.checkpoint import Checkpoints
 from cluster.process import Place, mean_over_ranks
-from cluster.watch import StopWatch
+from cluster.watch import HUNG, INTERRUPTED, REQUEUE, StopWatch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_raises_the_flag_and_interrupts_nothing(place: Place, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE)]
+)
+def test_a_signal_gives_the_exit_code_and_interrupts_nothing(place: Place, number: signal.Signals, code: int) -> None:
     watch = StopWatch(place)
     watch.start()
-    assert not watch.told_to_stop()
+    assert watch.told_to_stop() == 0
     os.kill(os.getpid(), number)
-    assert watch.told_to_stop()
-    assert watch.told_to_stop()
+    assert watch.told_to_stop() == code
+    assert watch.told_to_stop() == code
+
+
+def test_a_time_limit_counts_from_the_start(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch, endless = StopWatch(place, minutes=2.0), StopWatch(place)
+    now = 1119.0
+    assert watch.told_to_stop() == 0
+    now = 1121.0
+    assert watch.told_to_stop() == REQUEUE and endless.told_to_stop() == 0
+
+
+HANGS = """
+import sys, time
+import torch
+from cluster import watch
+from cluster.process import Place
+hang = watch.HangWatch(Place(3, 4, torch.device("cpu")), minutes=0.01)
+hang.start()
+for _ in range(int(sys.argv[1])):
+    time.sleep(0.1)
+    hang.beat("what follows step 7")
+if sys.argv[2] == "close":
+    hang.close()
+def stuck_here():
+    time.sleep(3 if sys.argv[2] == "close" else 60)
+stuck_here()
+"""
+
+
+@pytest.mark.parametrize(("beats", "end"), [("0", "hang"), ("10", "hang"), ("10", "close")])
+def test_a_hang_shows_where_every_thread_stands_and_ends_the_process(beats: str, end: str) -> None:
+    """0.6 seconds of silence are too long there; ten beats keep it quiet for 1 second."""
+    words = [sys.executable, "-c", HANGS, beats, end]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    if end == "close":
+        assert done.returncode == 0 and not done.stderr
+        return
+    assert done.returncode == HUNG
+    doing = "what follows step 7" if beats == "10" else "starting"
+    assert f"smalti: rank 3 hangs: {doing} has taken 0.0 minutes (hang_minutes=0.01)" in done.stderr
+    assert "in stuck_here" in done.stderr
 
 
 def test_a_second_signal_ends_the_process_with_its_code(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +97,10 @@ def _be_one_of_two(rank: int, folder: Path) -> None:
     place = Place(rank, 2, torch.device("cpu"))
     watch = StopWatch(place)
     watch.start()
-    assert not watch.told_to_stop()
+    assert watch.told_to_stop() == 0
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert watch.told_to_stop()
+    assert watch.told_to_stop() == REQUEUE
     assert mean_over_ranks(place, {"a": 1.0 + rank, "b": 1e9 + rank}) == {"a": 1.5, "b": 1e9 + 0.5}
 
     def write(folder: Path, tag: str) -> None:

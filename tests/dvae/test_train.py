@@ -11,6 +11,7 @@ import torch
 from cluster.manifest import FolderError, read_manifest
 from cluster.metrics import read_metrics
 from cluster.run import Run
+from cluster.watch import Requeue
 from cluster.weights import WEIGHTS
 from data_pipeline.loader import Shards, picture_of, to_pixels
 from data_pipeline.shards import open_shard
@@ -47,7 +48,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     out, asked = tmp_path / "run", iter([False, False, True])
     with monkeypatch.context() as patch:
         patch.setattr(Run, "told_to_stop", lambda self: next(asked))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Requeue):
             train(settings(data, out))
     assert len(training_losses(out)) == 3
     train(settings(data, out))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from cluster.metrics import read_metrics
 from cluster.run import Run
+from cluster.watch import Requeue
 from cluster.weights import WEIGHTS
 from data_pipeline.loader import LoaderConfig, pad_text
 from data_pipeline.order import counter_random
@@ -96,7 +97,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, monkeypat
     cut = dataclasses.replace(config, out=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "told_to_stop", lambda self: next(asked))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Requeue):
             train(cut)
     train(cut)
     whole, resumed = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "cut")

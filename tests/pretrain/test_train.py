@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.metrics import read_metrics
+from cluster.watch import REQUEUE
 from tests.small import SMALL_TRAIN, smalti
 
 
@@ -82,8 +84,17 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(plain: Path, train_wor
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "saved at step" in said and "Traceback" not in said
+    assert process.returncode == REQUEUE and "saved at step" in said and "Traceback" not in said
     smalti("train", *words)
+    assert losses(out) == losses(plain)
+
+
+def test_a_time_limit_saves_and_asks_to_be_started_again(plain: Path, train_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*train_words, "zero_stage=0", f"out={out}"]
+    stopped = smalti("train", *words, "stop_after_minutes=1e-9", check=False)
+    assert stopped.returncode == REQUEUE and "exit code 75" in stopped.stderr and len(losses(out)) == 1
+    smalti("train", *words, "stop_after_minutes=60")
     assert losses(out) == losses(plain)
 
 
@@ -98,3 +109,27 @@ def test_another_architecture_is_refused_by_name(plain: Path, train_words: list[
     refused = smalti("train", *train_words, "zero_stage=0", "model.n_layers=3", f"out={plain}", check=False)
     assert refused.returncode == 1
     assert "model.n_layers: 2 there, 3 here" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_setting_may_change_on_resume_if_it_is_named(plain: Path, train_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*train_words, "zero_stage=0", f"out={out}"]
+    smalti("train", *words, "stop_after_minutes=1e-9", check=False)
+    refused = smalti("train", *words, "optim.clip=0.5", check=False)
+    assert refused.returncode == 1 and "optim.clip: 1.0 there, 0.5 here" in refused.stderr
+    unknown = smalti("train", *words, "--allow-change", "optim.clop", check=False)
+    assert unknown.returncode == 2 and "allow_change names optim.clop" in unknown.stderr
+    changed = smalti("train", *words, "optim.clip=0.5", "--allow-change", "optim.clip")
+    assert "another setting, optim.clip: 1.0 there, 0.5 here" in changed.stdout
+    assert losses(out)[0] == losses(plain)[0] and len(losses(out)) == 12
+
+
+def test_a_finished_run_goes_on_to_more_steps_if_that_is_allowed(
+    plain: Path, train_words: list[str], tmp_path: Path
+) -> None:
+    out = shutil.copytree(plain, tmp_path / "run")
+    words = [*train_words, "zero_stage=0", "n_steps=14", f"out={out}"]
+    assert "n_steps: 12 there, 14 here" in smalti("train", *words, check=False).stderr
+    smalti("train", *words, "allow_change=n_steps")
+    assert losses(out)[:12] == losses(plain) and len(losses(out)) == 14
+    assert json.loads((out / "manifest.json").read_text())["counts"]["steps"] == 14

@@ -17,6 +17,7 @@ class TransformerConfig:
     n_heads: int = setting(8, "heads (H)")
     d_head: int = setting(64, "width of a head (D)")
     conv_kernel: int = setting(11, "odd side of the last layer's conv pattern")
+    conv_half_window: bool = setting(False, "conv sees the plain upper half of its window; false: figure 11's rule")
 
     def __post_init__(self) -> None:
         require_at_least_one(self, ("n_layers", "n_heads", "d_head", "conv_kernel"), "model.")

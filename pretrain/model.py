@@ -214,8 +214,8 @@ class Transformer(nn.Module):
 
     def sparsities(self, layout: Layout) -> list[Sparsity]:
         """Who may look at whom in each layer, over the slots of `layout`."""
-        n_layers, kernel = self.config.n_layers, self.config.conv_kernel
-        return [Sparsity(layer_pattern(number, n_layers), layout, kernel) for number in range(1, n_layers + 1)]
+        n, kernel, half = self.config.n_layers, self.config.conv_kernel, self.config.conv_half_window
+        return [Sparsity(layer_pattern(number, n), layout, kernel, half) for number in range(1, n + 1)]
 
     def hidden(self, x: Tensor, attends: Sequence[Attend]) -> Tensor:
         """Embedded slots (..., M) -> (..., M) before the heads. The residual stream is float32 (appendix D)."""

@@ -1,16 +1,19 @@
 """The `smalti` command: one verb a stage, in the order they are run.
 
-Each verb is also `python -m MODULE` with the same words.
+A verb is one word or two (`dvae import`). Each verb is also `python -m MODULE` with the same words.
 """
 
 import importlib
 import sys
 
-from cluster.command import INTERRUPTED, Command, run_command
+from cluster.command import Command, run_command
+from cluster.watch import INTERRUPTED
 
 VERBS = {
     "preprocess": "data_pipeline.preprocess",
     "dvae": "dvae.train",
+    "dvae import": "dvae.openai_import",
+    "dvae export": "dvae.openai_export",
     "tokenise": "dvae.tokenise",
     "train": "pretrain.train",
     "scorer": "pretrain.scorer",
@@ -22,7 +25,7 @@ VERBS = {
 
 def main() -> int:
     """Run `smalti VERB words...`; returns the exit code."""
-    verb, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    verb, words = split_verb(sys.argv[1:] or ["--help"])
     if verb in ("--help", "-h", "help"):
         print(_overview())
         return 0
@@ -34,6 +37,12 @@ def main() -> int:
     except KeyboardInterrupt:  # importing torch takes a second or two
         return INTERRUPTED
     return run_command(command, words)
+
+
+def split_verb(words: list[str]) -> tuple[str, list[str]]:
+    """The verb that a non-empty list of words begins with, and the rest; two words where they name one."""
+    two = " ".join(words[:2])
+    return (two, words[2:]) if two in VERBS else (words[0], words[1:])
 
 
 def _overview() -> str:

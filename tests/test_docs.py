@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.command import Command
-from cluster.settings import load_settings
-from pretrain.cli import VERBS
+from pretrain.cli import VERBS, split_verb
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pretrain", "dvae", "data_pipeline", "kernels", "cluster")
@@ -72,7 +71,7 @@ def problem_with_words(verb: str, words: list[str]) -> str | None:
     kept = [word for word in words if word not in ("--help", "--show") and not PLACEHOLDER.fullmatch(word)]
     kept = [word for word in kept if not word.endswith(".toml") or word.startswith(FOLDERS) or "=" in word]
     try:
-        load_settings(command_of(verb).config, kept, command_of(verb).presets)
+        command_of(verb).settings(kept)
     except Exception as error:  # whatever a reader would meet
         return str(error)
     return None
@@ -86,7 +85,7 @@ def problem_with(command: list[str]) -> str | None:
         return next((f"no target {target}" for target in targets if target not in make_targets()), None)
     if program == "smalti":
         usage = not words or words[0] == "VERB" or words[0].startswith("-")
-        return None if usage else problem_with_words(words[0], words[1:])
+        return None if usage else problem_with_words(*split_verb(words))
     flag = next((word for word in words if word in ("-m", "--module")), None)
     if flag is None or words[-1] == flag:
         return None
@@ -166,7 +165,8 @@ def test_every_command_in_a_docstring_would_be_accepted(module: str) -> None:
 
 def test_the_readme_shows_how_to_run_every_stage() -> None:
     """As `smalti VERB`, as its module, or as a make target of that name."""
-    words = {word for command in commands_in(snippets("README.md")) for word in command}
+    commands = list(commands_in(snippets("README.md")))
+    words = {word for command in commands for word in (*command, " ".join(command[1:3]))}
     assert not [verb for verb, module in VERBS.items() if not {verb, module} & words]
 
 
@@ -187,10 +187,12 @@ def test_the_checks_tell_wrong_words_from_right_ones() -> None:
     """The tests above, tested: each of these is a mistake that a document could hold."""
     wrong = [
         "smalti trian emoji", "smalti train emojy", "smalti train emoji n_stepps=3", "smalti sample --top-k many",
+        "smalti dvae improt encoder.pkl decoder.pkl", "smalti dvae import a.pkl b.pkl c.pkl",
         "make tea", "python -m pretrain.tarin", "deepspeed --num_gpus 8 --module pretrain.train no-such-preset",
     ]  # fmt: skip
     right = [
-        "smalti VERB --help", "smalti train emoji --n_steps 3 zero_stage=2", "smalti dvae my.toml --show",
+        "smalti VERB --help", "smalti dvae import encoder.pkl decoder.pkl out=runs/dvae",
+        "smalti train emoji --n_steps 3 zero_stage=2", "smalti dvae my.toml --show",
         "make test", "$ .venv/bin/smalti rerank samples=samples  # a remark", "python -m pytest -q",
         "deepspeed --num_gpus 8 --module pretrain.train emoji data.batch=256", "X=1 torchrun -m pretrain.train FILE",
     ]  # fmt: skip

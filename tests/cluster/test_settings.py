@@ -58,6 +58,15 @@ def test_a_flag_without_value_is_true_and_swallows_no_word_that_follows(presets:
     assert load_settings(Config, ["--resume", "false"], presets) == Config(resume=False)
 
 
+def test_plain_words_are_the_values_of_the_settings_that_take_them_in_order(presets: Path) -> None:
+    plain = ("out", "names")
+    config = load_settings(Config, ["here", "a,b", str(presets / "tiny.toml"), "rate=2"], presets, plain)
+    assert config == Config(top_k=3, rate=2.0, out="here", names=("a", "b"), model=Model(width=4))
+    assert load_settings(Config, ["here", "out=there"], presets, plain).out == "there"
+    with pytest.raises(SettingError, match="x y z: there are more plain words than out, names"):
+        load_settings(Config, ["x", "y", "z"], presets, plain)
+
+
 def test_text_is_taken_as_it_is_and_lists_are_cut_at_commas(presets: Path) -> None:
     config = load_settings(Config, ["out=12", "names=a,b c", "model.rates=1,0.5"], presets)
     assert config == Config(out="12", names=("a", "b c"), model=Model(rates=(1.0, 0.5)))

@@ -61,7 +61,7 @@ class Checkpoints:
         try:
             shutil.rmtree(part.parent, ignore_errors=True)
             part.mkdir(parents=True)
-            files = [path for _, folder in sorted(self._found())[-1:] for path in folder.rglob("*")]
+            files = [path for _, folder in found_in(self.folder)[-1:] for path in folder.rglob("*")]
             needed = sum(path.stat().st_size for path in files)
             free = shutil.disk_usage(part).free
         except OSError as error:
@@ -78,7 +78,7 @@ class Checkpoints:
 
     def newest_valid(self) -> tuple[int, Path, dict[str, Any]] | None:
         """(step, folder, about) of the newest checkpoint that verifies, or None if there is none."""
-        for step, folder in sorted(self._found(), reverse=True):
+        for step, folder in reversed(found_in(self.folder)):
             problem = verify(folder)
             if problem is None:
                 return step, folder, json.loads((folder / SEAL).read_text())["about"]
@@ -98,14 +98,21 @@ class Checkpoints:
         part.rename(target)
         write_bytes(self.folder / "latest", part.name.encode())
         shutil.rmtree(part.parent, ignore_errors=True)
-        for old_step, old in sorted(self._found())[: -self.keep_last]:
-            if not self.keep_every or old_step % self.keep_every:
-                shutil.rmtree(old, ignore_errors=True)
+        found = found_in(self.folder)
+        for old in set(found) - set(kept_of(found, self.keep_last, self.keep_every)):
+            shutil.rmtree(old[1], ignore_errors=True)
 
-    def _found(self) -> list[tuple[int, Path]]:
-        paths = self.folder.glob("global_step*") if self.folder.is_dir() else ()
-        matches = ((_STEP.fullmatch(path.name), path) for path in paths)
-        return [(int(match[1]), path) for match, path in matches if match]
+
+def found_in(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint in a `checkpoints/` folder, whole or not, by step."""
+    paths = folder.glob("global_step*") if folder.is_dir() else ()
+    matches = ((_STEP.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def kept_of(found: list[tuple[int, Path]], last: int, every: int) -> list[tuple[int, Path]]:
+    """Which of `found_in` are kept: the last ones, and those whose step is a multiple of `every` (0: none)."""
+    return [pair for pair in found if pair in found[-last:] or (every and pair[0] % every == 0)]
 
 
 def verify(folder: Path) -> str | None:

@@ -19,6 +19,7 @@ VERBS = {
     "scorer": "pretrain.scorer",
     "sample": "pretrain.sample",
     "rerank": "pretrain.rerank",
+    "checkpoint": "cluster.inspect_checkpoints",
     "demo": "pretrain.demo",
 }
 

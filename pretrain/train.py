@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 -m pretrain.train emoji  two
 
 Ctrl-C, SIGTERM and SIGUSR1 save at the next step edge; the same command goes on from there.
-`emoji` takes about 6 minutes on 2 CPU cores in two processes.
+`emoji` takes about 5 minutes on 2 CPU cores in two processes.
 """
 
 import sys

@@ -40,8 +40,9 @@ def config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleConfig
     captions = folder / "captions.txt"
     captions.write_text("\n".join(CAPTIONS))
     return SampleConfig(
-        str(captions), f"{folder}/run", f"{tiny}/runs/dvae", f"{tiny}/data/vocab", candidates=4, temperature=0.9
-    )
+        str(captions), f"{folder}/run", f"{tiny}/runs/dvae", f"{tiny}/data/vocab",
+        candidates=4, temperature=0.9, precision="fp32",
+    )  # fmt: skip
 
 
 def pngs(out: Path) -> dict[str, bytes]:

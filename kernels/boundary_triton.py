@@ -122,7 +122,7 @@ def forward(
     if mean.numel():
         forward_kernel[(mean.numel(),)](
             x, x if branch is None else branch, gain, bias, total, h, mean, rstd, width,
-            NORM_EPS, branch is not None, block, num_warps=warps,
+            NORM_EPS, branch is not None, block, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return total, h, mean, rstd
 
@@ -143,7 +143,7 @@ def backward(
         rstd if leave_scale is None else leave_scale, rstd if enter_scale is None else enter_scale,
         d_x, d_branch, *partial, rows, width, triton.cdiv(rows, programs),
         d_total is not None, branch_dtype is not None, leave_scale is not None, enter_scale is not None, block,
-        num_warps=warps, maxnreg=REGISTERS,
+        num_warps=warps, maxnreg=REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     d_gain, d_bias = partial.sum(1)
     return d_x, d_branch, d_gain.clone(), d_bias.clone()
@@ -154,7 +154,7 @@ def leave_backward(d_total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
     d_branch = torch.empty_like(d_total, dtype=dtype)
     if d_total.numel():
         grid = (triton.cdiv(d_total.numel(), 4096),)
-        leave_backward_kernel[grid](d_total, scale, d_branch, d_total.numel(), 4096, num_warps=8)
+        leave_backward_kernel[grid](d_total, scale, d_branch, d_total.numel(), 4096, num_warps=8, enable_fp_fusion=True)
     return d_branch
 
 

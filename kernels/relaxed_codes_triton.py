@@ -69,7 +69,7 @@ def forward(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor
     if n_rows:
         forward_kernel[(n_rows,)](
             logits, uniform, weights, kl, lse, mean, codebook, math.log(codebook), 1 / temperature, block,
-            num_warps=warps,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return weights, kl, lse, mean
 
@@ -83,6 +83,17 @@ def backward(
     d_logits = torch.empty_like(logits)
     if n_rows:
         backward_kernel[(n_rows,)](
-            d_weights, weights, logits, d_kl, lse, mean, d_logits, codebook, 1 / temperature, block, num_warps=warps
+            d_weights,
+            weights,
+            logits,
+            d_kl,
+            lse,
+            mean,
+            d_logits,
+            codebook,
+            1 / temperature,
+            block,
+            num_warps=warps,
+            enable_fp_fusion=True,
         )
     return d_logits

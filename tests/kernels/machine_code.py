@@ -30,7 +30,8 @@ class Resources:
 def machine_code(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> Resources:
     """Compile for sm_90. types: of each run-time argument, '*bf16', '*fp32', 'i32', 'fp32' ...; pointers and
     every 'i32' whose value is a multiple of 16 may be given as 'i32:16', pointers are taken as aligned.
-    options: num_warps, num_stages. Shared memory over the limit is not refused here: assert it."""
+    options: num_warps, num_stages; products and sums are fused, as all launches ask. Shared memory over
+    the limit is not refused here: assert it."""
     names = kernel.arg_names
     assert {parameter.name for parameter in kernel.params if parameter.is_constexpr} == set(constants)
     signature = {name: "constexpr" if name in constants else types[name].removesuffix(":16") for name in names}
@@ -38,7 +39,7 @@ def machine_code(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     aligned = [name for name in names if name in types and (types[name][0] == "*" or types[name].endswith(":16"))]
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, values, hints)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True} | options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -3,8 +3,8 @@
 Row and conv need the last reach + 1 image slots, a ring. Column needs its own column, a run of memory
 in a store ordered by column. Text is seen by all, so it is stored once for all candidates of a caption,
 whose queries then are the rows of one product. Order inside a ring is free: positions are in the
-embeddings, not in the keys. Shapes do not change from slot to slot, and slots are tensors, so that one
-CUDA graph serves every step.
+embeddings, not in the keys. Shapes do not change from slot to slot, and slots may be tensors, so that
+one CUDA graph serves every step.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 
 A candidate is a pure function of (weights, caption, seed, number, settings): its noise comes from a
 counter, and a draw too close to call in the arithmetic of a batch is settled by a pass over that
-candidate alone. So neither the batch size nor what is drawn beside it matters.
+candidate alone. So neither the batch size nor what is drawn beside it matters. (In 16 bit, where no
+margin would do, draws are not settled: there only equal batches draw equal pictures.)
 """
 
 import hashlib

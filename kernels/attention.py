@@ -1,6 +1,6 @@
 """The door to attention under a sparsity pattern: one differentiable operator, whatever computes it.
 
-Registered with torch.library, so torch.compile and activation checkpointing see one operator with
+Registered as torch operators, so torch.compile and activation checkpointing see one operator with
 known shapes. Queries, keys and values stay packed as one projection makes them: nothing is copied.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import attention_cpu
 from kernels.layout import Layout, Pattern, Sparsity
-from kernels.operators import operator
+from kernels.operators import gradient_of, operator, shapes_of
 from kernels.reference import masked_attention, wide
 
 How = Literal["auto", "triton", "cpu", "dense"]
@@ -54,10 +54,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """(B, S, H, D) output and (B, H, S) float32 (or 64) log-sum-exp of the scores (its base is the kernel's own)."""
     sparsity = _sparsity(pattern, n_text, rows, columns, kernel, half_window)
-    return _kernels(how).forward(qkv, sparsity)
+    return _kernels(how).forward(_side_by_side(qkv), sparsity)
 
 
-@torch.library.register_fake("smalti::attention")
+@shapes_of("attention")
 def _(qkv: Tensor, how: str, *words: Any) -> tuple[Tensor, Tensor]:
     b, s, _, h, d = qkv.shape
     return qkv.new_empty(b, s, h, d), qkv.new_empty(b, h, s, dtype=wide(qkv))
@@ -70,10 +70,10 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     """(B, S, 3, H, D) gradient of qkv."""
     sparsity = _sparsity(pattern, n_text, rows, columns, kernel, half_window)
-    return _kernels(how).backward(d_out, qkv, out, lse, sparsity)
+    return _kernels(how).backward(_side_by_side(d_out), _side_by_side(qkv), out, lse, sparsity)
 
 
-@torch.library.register_fake("smalti::attention_backward")
+@shapes_of("attention_backward")
 def _(d_out: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
@@ -90,7 +90,13 @@ def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Any, ...]:
     return d_qkv, *[None] * len(ctx.words)
 
 
-torch.library.register_autograd("smalti::attention", _differentiate, setup_context=_remember)
+gradient_of("attention", _remember, _differentiate)
+
+
+def _side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose features are neighbours, as the kernels take them for granted: the gradient of a
+    sum has one number for all."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @cache

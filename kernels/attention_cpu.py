@@ -29,7 +29,7 @@ def forward(qkv: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
     b, s, _, h, d = qkv.shape
     out = qkv.new_empty(b, s, h, d)
     lse = qkv.new_empty(b, h, s, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    q, k, v = _side_by_side(qkv).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
     if sparsity.pattern == "dense":
         out.transpose(1, 2)[:], lse[:] = _flash(q, k, v, 0.0, True)
     else:
@@ -42,7 +42,7 @@ def backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, sparsity: Spa
     """Gradient of qkv (B, S, 3, H, D), from that of the output (B, S, H, D) and what `forward` gave."""
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dq, dk, dv = d_qkv.permute(2, 0, 3, 1, 4)
-    q, k, v = _side_by_side(qkv).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
     out, d_out = out.transpose(1, 2), d_out.transpose(1, 2)
     if sparsity.pattern == "dense":
         dq[:], dk[:], dv[:] = _flash_backward(d_out, q, k, v, out, lse, 0.0, True)
@@ -50,11 +50,6 @@ def backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, sparsity: Spa
         for slices in _slices(d_out, q, k, v, out, lse, dq, dk, dv):
             _backward_slice(_band(sparsity, qkv.dtype), sparsity.layout.n_text, *slices)
     return d_qkv
-
-
-def _side_by_side(qkv: Tensor) -> Tensor:
-    """The flash kernel takes features that lie side by side, and does not check it."""
-    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
 
 def _slices(*tensors: Tensor) -> Iterator[list[Tensor]]:

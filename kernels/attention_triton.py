@@ -316,7 +316,6 @@ def forward(qkv: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
     ValueError for a dtype or head width that the kernels do not have, or a tensor that is on no GPU.
     """
     _check(qkv)
-    qkv = _side_by_side(qkv)
     b, s, _, h, d = qkv.shape
     out = torch.empty(b, s, h, d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(b, h, s, dtype=torch.float32, device=qkv.device)
@@ -329,7 +328,6 @@ def forward(qkv: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
 
 def backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, sparsity: Sparsity) -> Tensor:
     """(B, S, 3, H, D) gradient of qkv from that of out (B, S, H, D), and what forward took and gave."""
-    qkv, d_out = _side_by_side(qkv), _side_by_side(d_out)
     b, s, _, h, d = qkv.shape
     d_qkv = torch.empty(b, s, 3, h, d, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty(b, h, s, dtype=torch.float32, device=qkv.device)
@@ -349,11 +347,6 @@ def _check(qkv: Tensor) -> None:
     tiling(qkv.shape[-1], qkv.dtype)
     if qkv.device.type == "cpu" and isinstance(_forward, triton.JITFunction):
         raise ValueError("attention=triton does not run on cpu; attention=auto does")
-
-
-def _side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy whose features are neighbours; a gradient of .sum() has one element for all."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _grid(n_z: int, fixed: dict[str, Any]) -> tuple[int]:

@@ -1,6 +1,6 @@
 """The door to the resblock boundary: residual add, layer norm, and the gradient scales of their backward.
 
-Registered with torch.library, so torch.compile and activation checkpointing see operators with known
+Registered as torch operators, so torch.compile and activation checkpointing see operators with known
 shapes. What they compute is defined in kernels/reference.py. Scales stay on the device: nothing waits.
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.operators import operator
+from kernels.operators import gradient_of, operator, shapes_of
 from kernels.reference import NORM_EPS, wide
 
 WIDEST = 8_192  # a GPU holds a row of this width in the registers of one block
@@ -89,7 +89,7 @@ def _leave(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     return (x.contiguous() + branch.contiguous()).to(x.dtype)
 
 
-@torch.library.register_fake("smalti::leave")
+@shapes_of("leave")
 def _(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -102,7 +102,7 @@ def _leave_backward(d_total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tenso
     return _scaled(d_total.contiguous(), scale, dtype)
 
 
-@torch.library.register_fake("smalti::leave_backward")
+@shapes_of("leave_backward")
 def _(d_total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return d_total.new_empty(d_total.shape, dtype=dtype)
 
@@ -116,7 +116,7 @@ def _differentiate_leave(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, Non
     return d_total, _leave_backward(d_total, *ctx.saved_tensors, ctx.dtype), None
 
 
-torch.library.register_autograd("smalti::leave", _differentiate_leave, setup_context=_remember_leave)
+gradient_of("leave", _remember_leave, _differentiate_leave)
 
 
 @operator("boundary")
@@ -135,7 +135,7 @@ def _forward(
     return x.new_empty(0) if branch is None else total, h.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
-@torch.library.register_fake("smalti::boundary")
+@shapes_of("boundary")
 def _(
     x: Tensor, branch: Tensor | None, gain: Tensor, bias: Tensor,
     leave_scale: Tensor | None, enter_scale: Tensor | None, dtype: torch.dtype,
@@ -170,7 +170,7 @@ def _backward(
     return d_x.to(total.dtype), d_branch, d_gain, d_bias
 
 
-@torch.library.register_fake("smalti::boundary_backward")
+@shapes_of("boundary_backward")
 def _(
     d_total: Tensor | None, d_h: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor,
     leave_scale: Tensor | None, enter_scale: Tensor | None, branch_dtype: torch.dtype | None,
@@ -205,4 +205,4 @@ def _differentiate(ctx: Any, d_total: Tensor, d_h: Tensor, *_: Tensor) -> tuple[
     return d_x, into_branch, d_gain.to(gain.dtype), d_bias.to(ctx.bias_dtype), None, None, None
 
 
-torch.library.register_autograd("smalti::boundary", _differentiate, setup_context=_remember)
+gradient_of("boundary", _remember, _differentiate)

@@ -1,6 +1,6 @@
 """The door to relaxed codes: Gumbel-softmax weights and their divergence, in one pass each way.
 
-Registered with torch.library, so torch.compile and activation checkpointing see one operator with known
+Registered as torch operators, so torch.compile and activation checkpointing see one operator with known
 shapes. The definition is in kernels/reference.py. On a CPU, rows are taken in pieces that stay in its
 cache, so that many operators make one pass over memory.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.operators import operator
+from kernels.operators import gradient_of, operator, shapes_of
 
 WIDEST = 8_192  # codebook of the paper; a GPU holds a row of this many logits in one block's registers
 PIECE = 2**17  # numbers in a piece of rows: 2 float32 buffers of it fill 1 MiB, a core's second-level cache
@@ -53,7 +53,7 @@ def _forward(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tenso
     return weights.view(logits.shape), kl, lse, mean
 
 
-@torch.library.register_fake("smalti::relaxed_codes")
+@shapes_of("relaxed_codes")
 def _(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kl, lse, mean = (logits.new_empty(logits.shape[:-1], dtype=reference.wide(logits)) for _ in range(3))
     return logits.new_empty(logits.shape), kl, lse, mean
@@ -70,7 +70,7 @@ def _backward(
     return backward(*rows, *numbers, temperature).view(logits.shape)
 
 
-@torch.library.register_fake("smalti::relaxed_codes_backward")
+@shapes_of("relaxed_codes_backward")
 def _(d_weights: Tensor, d_kl: Tensor, weights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -86,7 +86,7 @@ def _differentiate(ctx: Any, d_weights: Tensor, d_kl: Tensor, *_: Tensor) -> tup
     return _backward(d_weights, d_kl, *ctx.saved_tensors, ctx.temperature), None, None
 
 
-torch.library.register_autograd("smalti::relaxed_codes", _differentiate, setup_context=_remember)
+gradient_of("relaxed_codes", _remember, _differentiate)
 
 
 def _rows(tensor: Tensor) -> Tensor:

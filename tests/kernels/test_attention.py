@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as door
@@ -187,10 +187,10 @@ def test_the_operators_keep_what_they_promise_to_torch(dtype: torch.dtype) -> No
         qkv, d_out = draw(sparsity, dtype=dtype)
         out, lse = torch.ops.smalti.attention(qkv, *words)
         tests = ["test_schema", "test_faketensor"]  # the backward operator has no gradient of its own
-        torch.library.opcheck(torch.ops.smalti.attention_backward, (d_out, qkv, out, lse, *words), test_utils=tests)
+        library.opcheck(torch.ops.smalti.attention_backward, (d_out, qkv, out, lse, *words), test_utils=tests)
         if dtype == torch.float32:
             tests += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
-        torch.library.opcheck(torch.ops.smalti.attention, (qkv.requires_grad_(), *words), test_utils=tests)
+        library.opcheck(torch.ops.smalti.attention, (qkv.requires_grad_(), *words), test_utils=tests)
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")

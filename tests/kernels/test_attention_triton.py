@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention as door
@@ -57,8 +57,10 @@ def draw(sparsity: Sparsity, b: int, h: int, d: int, dtype: torch.dtype = torch.
 
 
 def by_triton(qkv: Tensor, d_out: Tensor, sparsity: Sparsity) -> dict[str, Tensor]:
-    out, lse = attention_triton.forward(qkv, sparsity)
-    d_qkv = attention_triton.backward(d_out, qkv, out, lse, sparsity)
+    layout = sparsity.layout
+    rule = (sparsity.pattern, layout.n_text, layout.rows, layout.columns, sparsity.kernel, sparsity.half_window)
+    out, lse = door._forward(qkv, "triton", *rule)
+    d_qkv = door._backward(d_out, qkv, out, lse, "triton", *rule)
     return dict(zip(("out", "dq", "dk", "dv"), (out, *d_qkv.unbind(2)), strict=True))
 
 
@@ -185,9 +187,9 @@ def test_the_operators_keep_the_rules_of_torch_library() -> None:
     sparsity = Sparsity("column", Layout(3, 4, 5))
     qkv, d_out = draw(sparsity, 1, 2, 16)
     words = ("triton", "column", 3, 4, 5, 11, False)
-    torch.library.opcheck(door._forward, (qkv.requires_grad_(), *words))
+    library.opcheck(door._forward, (qkv.requires_grad_(), *words))
     out, lse = attention_triton.forward(qkv.detach(), sparsity)
-    torch.library.opcheck(door._backward, (d_out, qkv.detach(), out, lse, *words))
+    library.opcheck(door._backward, (d_out, qkv.detach(), out, lse, *words))
 
 
 def test_other_dtypes_and_wider_heads_are_refused() -> None:

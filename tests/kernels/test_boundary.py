@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 from kernels import boundary as door
@@ -150,16 +150,16 @@ def test_torch_sees_well_formed_operators() -> None:
     learned = [t.requires_grad_() for t in (case.x, case.branch, case.gain, case.bias) if t is not None]
     x, branch, gain, bias = learned
     scales = (case.leave_scale, case.enter_scale)
-    torch.library.opcheck(door._forward, (x, branch, gain, bias, *scales, torch.bfloat16))
+    library.opcheck(door._forward, (x, branch, gain, bias, *scales, torch.bfloat16))
     other = turned(case)
-    torch.library.opcheck(door._forward, (other.x, other.branch, gain, bias, *scales, torch.bfloat16))
-    torch.library.opcheck(door._leave, (other.x, other.branch, case.leave_scale))
-    torch.library.opcheck(door._forward, (x, None, gain, bias, None, None, torch.float32))
-    torch.library.opcheck(door._leave, (x, branch, case.leave_scale))
+    library.opcheck(door._forward, (other.x, other.branch, gain, bias, *scales, torch.bfloat16))
+    library.opcheck(door._leave, (other.x, other.branch, case.leave_scale))
+    library.opcheck(door._forward, (x, None, gain, bias, None, None, torch.float32))
+    library.opcheck(door._leave, (x, branch, case.leave_scale))
     kept = [t.detach() for t in (case.d_total, case.d_h, x, torch.zeros(3, 5), torch.ones(3, 5), gain)]
-    torch.library.opcheck(door._backward, (*kept, *scales, torch.bfloat16))
-    torch.library.opcheck(door._backward, (None, *kept[1:], None, None, None))
-    torch.library.opcheck(door._leave_backward, (case.d_total, case.leave_scale, torch.bfloat16))
+    library.opcheck(door._backward, (*kept, *scales, torch.bfloat16))
+    library.opcheck(door._backward, (None, *kept[1:], None, None, None))
+    library.opcheck(door._leave_backward, (case.d_total, case.leave_scale, torch.bfloat16))
 
 
 def two_blocks(x: Tensor, weight: Tensor, gain: Tensor, bias: Tensor) -> Tensor:

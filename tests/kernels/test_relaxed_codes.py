@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 from kernels import reference
@@ -77,9 +77,9 @@ def test_a_codebook_that_stands_in_any_memory_order() -> None:
 def test_torch_sees_well_formed_operators() -> None:
     case = make((2, 3, 7), torch.float32, 0.5)
     logits = case.logits.requires_grad_()
-    torch.library.opcheck(door._forward, (logits, case.uniform, 0.5))
+    library.opcheck(door._forward, (logits, case.uniform, 0.5))
     weights, _, *kept = door._forward(logits.detach(), case.uniform, 0.5)
-    torch.library.opcheck(door._backward, (case.d_weights, case.d_kl, weights, logits.detach(), *kept, 0.5))
+    library.opcheck(door._backward, (case.d_weights, case.d_kl, weights, logits.detach(), *kept, 0.5))
 
 
 @pytest.mark.parametrize("way", ["checkpointed", "compiled"])

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cluster.settings import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ def sum_over_ranks(place: Place, values: dict[str, float]) -> dict[str, float]:
 def mean_over_ranks(place: Place, values: dict[str, float]) -> dict[str, float]:
     """Each value averaged over the ranks."""
     return {name: total / place.world_size for name, total in sum_over_ranks(place, values).items()}
+
+
+def gathered(place: Place, value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank; for what is small and rare."""
+    values: list[T] = [value] * place.world_size
+    if place.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def wait_for_all(place: Place) -> None:

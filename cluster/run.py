@@ -1,6 +1,6 @@
 """One training run's folder: settings, metrics, checkpoints, the stop flag, and its end.
 
-out/settings.toml  metrics.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
+out/settings.toml  metrics.jsonl  ledger.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
 """
 
 import sys
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import Checkpoints
+from cluster.ledger import Ledger, Seen, whole_digest
 from cluster.manifest import differences, flat, is_done, refuse_difference, write_bytes, write_json, write_manifest
 from cluster.metrics import Metrics, Progress
-from cluster.process import Place, wait_for_all
+from cluster.process import Place, gathered, largest_of, wait_for_all
 from cluster.settings import SettingError, UserError, require_at_least_one, setting, to_dict, to_toml
 from cluster.watch import INTERRUPTED, HangWatch, Requeue, StopWatch
 
@@ -39,7 +40,15 @@ class RunConfig:
 
 
 # settings that change how a run is watched or where it lies, never what it computes
-FREE = ("out", "activation_checkpointing", *(field.name for field in fields(RunConfig)))
+FREE = (
+    "out",
+    "activation_checkpointing",
+    "zero_stage",
+    "offload_optimizer",
+    "offload_activations",
+    "cache",
+    *(field.name for field in fields(RunConfig)),
+)
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,23 @@ class Run:
     """A run of any trainer (dVAE, transformer, scorer). Every rank makes one and calls it in step."""
 
     def __init__(
-        self, config: Any, kind: str, inputs: tuple[str, ...], made_from: dict[str, str], place: Place
+        self,
+        config: Any,
+        kind: str,
+        inputs: tuple[str, ...],
+        made_from: dict[str, str],
+        place: Place,
+        writers: range | None = None,
     ) -> None:
-        """`inputs` names the settings that are paths of inputs; their fingerprints count, not the paths."""
+        """`inputs` names the settings that are paths of inputs; their fingerprints count, not the paths. writers:
+        the ranks that write checkpoints, if others hold replicas of what they hold."""
         self.folder = Path(config.out)
         self.place = place
         self.n_steps: int = config.n_steps
         settings = {key: value for key, value in to_dict(config).items() if key not in FREE + inputs}
         self.identity = Identity(kind, settings, made_from)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", place, config.keep_last, config.keep_every)
+        folder = self.folder / "checkpoints"
+        self.checkpoints = Checkpoints(folder, place, config.keep_last, config.keep_every, writers)
         self.allowed = tuple(name.strip() for name in config.allow_change.split(",") if name.strip())
         if unknown := sorted(set(self.allowed) - flat(settings).keys()):
             raise SettingError(f"allow_change names {', '.join(unknown)}, which a run does not keep as a setting")
@@ -72,38 +89,64 @@ class Run:
         self.hang_watch = HangWatch(place, config.hang_minutes)
         self.metrics: Metrics | None = None
         self.progress: Progress | None = None
+        self.ledger: Ledger | None = None
+        self.consumed = self.replaced = 0  # samples in all steps so far, and those of them that were replaced
         self._config = config
         self._code = 0
-        self._saved = -1
         self._last = time.monotonic()
 
-    def begin(self, load: Callable[[Path, str], None]) -> int:
+    def begin(self, load: Callable[[Path, str], None], order: dict[str, Any] | None = None) -> int:
         """Restore the newest valid checkpoint with `load(checkpoints folder, tag)`; returns the step to do next.
 
-        UserError if the folder is used and resume=false, or was begun with other settings.
+        order: what decides the order of samples, for a trainer that keeps a ledger. UserError if the folder is used
+        and resume=false, or was begun with other settings.
         """
-        found = self.checkpoints.newest_valid()
-        step = 0
-        if found:
-            step, folder, about = found
-            if not self._config.resume:
-                raise UserError(f"{self.folder} holds a run; name another `out`, remove it, or leave resume=true")
-            refuse_difference(self.folder, "settings", about["settings"], self.identity.settings, self.allowed)
-            for words in differences(about["settings"], self.identity.settings).values():
-                self.say(f"goes on with another setting, {words}")
-            refuse_difference(self.folder, "inputs", about["made_from"], self.identity.made_from)
-            load(folder.parent, folder.name)
+        step = self._restore(load)
         if self.place.is_main:
-            self.metrics = Metrics(self.folder, step)
+            self._open(step, order)
             write_bytes(self.folder / "settings.toml", to_toml(self._config).encode())
-            self.progress = Progress(self.identity.kind, self.n_steps, step)
-            if step:
+            if step and self.progress:
                 self.progress.say(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}")
-        wait_for_all(self.place)
+        self.consumed = largest_of(self.place, self.ledger.consumed if self.ledger else 0)
+        self.replaced = largest_of(self.place, self.ledger.replaced if self.ledger else 0)
         self.watch.start()
         self.hang_watch.start()
         self._last = time.monotonic()
         return step
+
+    def roll_back(self, load: Callable[[Path, str], None], order: dict[str, Any]) -> int:
+        """Go back to the newest valid checkpoint, or stay if there is none: -1, else the step to do next."""
+        self.hang_watch.beat("going back to the last checkpoint")
+        found = self.checkpoints.newest_valid()
+        if found is None:
+            return -1
+        step, folder, _ = found
+        load(folder.parent, folder.name)
+        if self.place.is_main:
+            self._close_files()
+            self._open(step, order)
+        self.consumed = largest_of(self.place, self.ledger.consumed if self.ledger else 0)
+        self.replaced = largest_of(self.place, self.ledger.replaced if self.ledger else 0)
+        return step
+
+    def _restore(self, load: Callable[[Path, str], None]) -> int:
+        found = self.checkpoints.newest_valid()
+        if not found:
+            return 0
+        step, folder, about = found
+        if not self._config.resume:
+            raise UserError(f"{self.folder} holds a run; name another `out`, remove it, or leave resume=true")
+        refuse_difference(self.folder, "settings", about["settings"], self.identity.settings, self.allowed)
+        for words in differences(about["settings"], self.identity.settings).values():
+            self.say(f"goes on with another setting, {words}")
+        refuse_difference(self.folder, "inputs", about["made_from"], self.identity.made_from)
+        load(folder.parent, folder.name)
+        return step
+
+    def _open(self, step: int, order: dict[str, Any] | None) -> None:
+        self.metrics = Metrics(self.folder, step)
+        self.progress = Progress(self.identity.kind, self.n_steps, step)
+        self.ledger = None if order is None else Ledger(self.folder, step, order)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Log one training step's values and move the progress line."""
@@ -129,16 +172,33 @@ class Run:
         self._code = self.watch.told_to_stop()
         return bool(self._code)
 
-    def save(self, step: int, write: Callable[[Path, str], None]) -> None:
-        """Save the state after `step` updates."""
+    def record_samples(
+        self, step: int, positions: range, seen: Seen, sums: dict[str, float], skipped: str = ""
+    ) -> None:
+        """Enter a step into the ledger: its positions, what this rank saw and the sums of it over all ranks, and
+        why its update was not applied, if it was not."""
+        replaced = int(sums["ledger/replaced"])
+        bad = [one for rank in gathered(self.place, seen.bad) for one in rank] if replaced else []
+        self.consumed += len(positions)
+        self.replaced += replaced
+        for one in bad:
+            self.say(f"replaced a bad sample: {one}")
+        if self.ledger:
+            self.ledger.record(step, positions, whole_digest(sums), bad, skipped)
+
+    def save(self, step: int, write: Callable[[Path, str], None], background: bool = False) -> None:
+        """Save the state after `step` updates. background: if `write` gives it to `checkpoints.writer`, the files
+        are written while training goes on."""
         about = {"settings": self.identity.settings, "made_from": self.identity.made_from}
         self.hang_watch.beat(f"saving after step {step}")
-        if self.checkpoints.save(step, about, write):
-            self._saved = step
+        if self.ledger:
+            self.ledger.sync()
+        self.checkpoints.save(step, about, write, background)
         self.hang_watch.beat(f"what follows the save after step {step}")
 
     def finish(self, counts: dict[str, Any], config_json: dict[str, Any], files: list[str]) -> None:
         """Write config.json and the manifest: from here on the run is done. Rank 0 only acts."""
+        self.checkpoints.wait()
         if self.place.is_main:
             write_json(self.folder / "config.json", config_json)
             write_manifest(
@@ -157,8 +217,9 @@ class Run:
 
         UserError if the save before it failed.
         """
+        self.checkpoints.wait()
         self.close()
-        if self._saved != step:
+        if self.checkpoints.saved_step != step:
             raise UserError(
                 f"{self.folder} stopped after step {step} unsaved: the same command goes on from the last save"
             )
@@ -168,9 +229,12 @@ class Run:
 
     def close(self) -> None:
         self.hang_watch.close()
-        if self.metrics and self.progress:
-            self.metrics.close()
-            self.progress.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for file in (self.metrics, self.progress, self.ledger):
+            if file:
+                file.close()
 
 
 def due(step: int, every: int, n_steps: int) -> bool:

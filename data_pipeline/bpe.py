@@ -7,6 +7,8 @@ A sentencepiece BPE model with byte fallback, so that no text is unknown. Captio
 import heapq
 import io
 import re
+from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,29 +41,88 @@ class Vocabulary:
         `random` decides alone, so the same generator state gives the same ids on any machine.
         """
         text = clean(caption).replace(" ", SPACE)
-        pieces = list(SPACE + text) if text else []
-        while True:
-            merges = [
-                (-self._scores[self._ids[a + b]], i)
-                for i, (a, b) in enumerate(zip(pieces[:-1], pieces[1:], strict=True))
-                if a + b in self._ids
-            ]
-            kept = [merge for merge in merges if random.random() >= dropout] if dropout else merges
-            if not kept:
+        merging = Merging(list(SPACE + text) if text else [], self._cost)
+        while merging.live:
+            draws = random.random(len(merging.live)) if dropout else None  # one for each merge there is, left to right
+            if not merging.merge_best(draws, dropout):
                 break
-            heapq.heapify(kept)
-            _, at = kept[0]
-            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-        return [i for piece in pieces for i in self._piece_ids(piece)]
+        return [i for piece in merging.pieces for i in self._piece_ids(piece)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids."""
         return self.model.decode(ids)
 
+    def _cost(self, piece: str) -> float | None:
+        """What joining two pieces to this one costs: the least is joined first; None if it is no piece."""
+        i = self._ids.get(piece)
+        return None if i is None else -self._scores[i]
+
     def _piece_ids(self, piece: str) -> list[int]:
+        if not piece:  # joined to the piece before
+            return []
         if piece in self._ids:
             return [self._ids[piece]]
         return [self._ids[f"<0x{byte:02X}>"] for byte in piece.encode()]
+
+
+class Merging:
+    """A text on its way from characters to pieces; a step's time hardly grows with the text."""
+
+    def __init__(self, characters: list[str], cost_of: Callable[[str], float | None]) -> None:
+        self.pieces = characters  # each at the place of its first character, "" at the others
+        self.cost_of = cost_of
+        self.live: list[int] = []  # places of pieces that can be joined to the next, from left to right
+        self._after = list(range(1, len(characters) + 1))
+        self._before = list(range(-1, len(characters)))
+        self._costs: list[float | None] = [None] * len(characters)  # of joining a place's piece to the next
+        self._queue: list[tuple[float, int]] = []  # by cost; may hold what has changed since
+        for place in range(len(characters) - 1):
+            self._look_again(place)
+
+    def merge_best(self, draws: np.ndarray | None, dropout: float) -> bool:
+        """Do the cheapest merge, the leftmost of equals, of those not dropped: where draws (live,) >= dropout.
+
+        False if all are dropped.
+        """
+        dropped: list[tuple[float, int]] = []
+        while self._queue:
+            cost, place = heapq.heappop(self._queue)
+            if self._costs[place] != cost:
+                continue
+            if draws is None or draws[bisect_left(self.live, place)] >= dropout:
+                self._join(place)
+                for waiting in dropped:
+                    heapq.heappush(self._queue, waiting)
+                return True
+            dropped.append((cost, place))
+        return False
+
+    def _join(self, place: int) -> None:
+        joined = self._after[place]
+        self.pieces[place] += self.pieces[joined]
+        self.pieces[joined] = ""
+        self._after[place] = self._after[joined]
+        self._before[self._after[place]] = place
+        self._set_cost(joined, None)
+        self._look_again(place)
+        if self._before[place] >= 0:
+            self._look_again(self._before[place])
+
+    def _look_again(self, place: int) -> None:
+        after = self._after[place]
+        cost = self.cost_of(self.pieces[place] + self.pieces[after]) if after < len(self.pieces) else None
+        self._set_cost(place, cost)
+        if cost is not None:
+            heapq.heappush(self._queue, (cost, place))
+
+    def _set_cost(self, place: int, cost: float | None) -> None:
+        if (cost is None) != (self._costs[place] is None):
+            at = bisect_left(self.live, place)
+            if cost is None:
+                self.live.pop(at)
+            else:
+                self.live.insert(at, place)
+        self._costs[place] = cost
 
 
 def learn_vocabulary(captions: list[str], size: int, folder: Path, settings: dict, images: str) -> None:

@@ -10,6 +10,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+MAX_PIXELS = 89_478_485  # a quarter of a GB as RGB: Pillow's own limit, above which it warns
+# Pillow knows dozens of formats; one of them, EPS, is a program that it hands to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF")
 IMAGE_ENDINGS = ("webp", "jpg", "jpeg", "png", "gif", "bmp", "tif", "tiff")
 
 
@@ -22,17 +25,24 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise ImageProblem("image too large")
+            image = _header(data, max_pixels)
             image.load()
             return _to_rgb(_upright(image))
     except ImageProblem:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageProblem("image too large") from error
     except Exception as error:  # decoders raise whatever their library does on bad bytes
         raise ImageProblem("image unreadable") from error
+
+
+def _header(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture with its header read and its pixels not; ImageProblem if they would be too many."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageProblem("image too large") from error
+    if image.width * image.height > max_pixels:
+        raise ImageProblem("image too large")
+    return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -76,8 +86,13 @@ def encode(image: Image.Image, ending: str, quality: int) -> bytes:
 
 
 def square(data: bytes, side: int) -> np.ndarray:
-    """Decode, crop the middle square, resize to side x side: (side, side, 3) uint8."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    """Decode, crop the middle square, resize to side x side: (side, side, 3) uint8.
+
+    ImageProblem, before the pixels are decoded, if there are more than MAX_PIXELS of them.
+    """
+    image = _header(data, MAX_PIXELS)
+    if image.mode != "RGB" or "exif" in image.info or "transparency" in image.info:  # no picture of ours
+        image = decode(data, MAX_PIXELS)
     shorter = min(image.size)
     left, top = (image.width - shorter) // 2, (image.height - shorter) // 2
     if image.size != (shorter, shorter):

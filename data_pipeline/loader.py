@@ -1,29 +1,37 @@
 """Shards -> this rank's batches, in an order that needs no state but the step.
 
-`ImageBatches` for the dVAE and the scorer, `TokenBatches` for the transformer. The next batch is
-read in a thread while the current one is used.
+`ImageBatches` for the dVAE and the scorer, `TokenBatches` for the transformer. The next batches are
+read in threads while the current one is used.
 """
 
-import io
 import itertools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.manifest import FolderError, check_files, read_manifest
+from cluster.ledger import Bad, Seen, digest_of
 from cluster.settings import SettingError, require_at_least_one, setting
+from data_pipeline.bad_samples import usable_sample
 from data_pipeline.bpe import Vocabulary
-from data_pipeline.images import IMAGE_ENDINGS, square
-from data_pipeline.order import CROP, DROPOUT, EMPTY, FLIP, Order, counter_random
-from data_pipeline.shards import Sample, Shard, ShardError, open_shard
+from data_pipeline.contents import Codes, caption_of, picture_of
+from data_pipeline.draws import Draws
+from data_pipeline.folders import Shards
+from data_pipeline.mixture import order_of
+from data_pipeline.open_files import MOST_OPEN
+from data_pipeline.order import CROP, DROPOUT, EMPTY, FLIP
+from data_pipeline.shards import Sample
 
 PAD = -1  # id of a text slot that holds no token
+
+
+FETCH_AHEAD = 4096  # positions ahead of use whose shards are fetched, if they are on another machine
 
 
 @dataclass(frozen=True)
@@ -33,60 +41,39 @@ class LoaderConfig:
     batch: int = setting(64, "samples a step, over all ranks")
     seed: int = setting(0, "decides the order of samples and every random draw")
     shuffle_window: int = setting(16, "shards whose samples are mixed with each other")
+    weights: tuple[float, ...] = setting((), "how often each of several folders is drawn from; none: by their sizes")
+    max_bad_share: float = setting(0.01, "bad samples are replaced by others; the run stops at a larger share of them")
+    readers: int = setting(1, "batches read ahead, each in a thread; changes no batch")
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, ("batch", "shuffle_window"), "data.")
+        require_at_least_one(self, ("batch", "shuffle_window", "readers"), "data.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise SettingError(f"data.max_bad_share={self.max_bad_share} must be between 0 and 1")
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """pixels (B, 3, P, P) float32 in [0, 1]; captions, B texts; keys, B names."""
+    """pixels (B, 3, P, P) float32 in [0, 1]; captions, B texts; keys, B names; seen, for the ledger."""
 
     pixels: Tensor
     captions: list[str]
     keys: list[str]
+    seen: Seen = Seen()
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """text (B, T-1) int64 with PAD behind the caption; image (B, G*G) int64 codes; keys, B names."""
+    """text (B, T-1) int64 with PAD behind the caption; image (B, G*G) int64 codes; keys, B names; seen, for
+    the ledger."""
 
     text: Tensor
     image: Tensor
     keys: list[str]
+    seen: Seen = Seen()
 
 
 B_co = TypeVar("B_co", ImageBatch, TokenBatch, covariant=True)
-
-
-class Shards:
-    """All samples of one split of a folder, addressed by (shard, number)."""
-
-    def __init__(self, folder: Path, kind: str, split: str) -> None:
-        manifest = read_manifest(folder, kind)
-        check_files(folder, manifest)
-        names = sorted(name for name in manifest.files if name.startswith(f"{split}-"))
-        self.folder = folder
-        self.manifest = manifest
-        self.shards: list[Shard] = [open_shard(folder / name) for name in names]
-        if not self.shards:
-            raise FolderError(f"{folder} has no {split} shards (it holds: {', '.join(manifest.files) or 'nothing'})")
-
-    @property
-    def sizes(self) -> list[int]:
-        return [len(shard) for shard in self.shards]
-
-    def __len__(self) -> int:
-        return sum(self.sizes)
-
-    def read(self, place: tuple[int, int]) -> Sample:
-        return self.shards[place[0]].read(place[1])
-
-    def __iter__(self) -> Iterator[Sample]:
-        """Every sample once, in the order of the files."""
-        for shard in self.shards:
-            for number in range(len(shard)):
-                yield shard.read(number)
+T = TypeVar("T")
 
 
 class Batches(Generic[B_co]):
@@ -97,33 +84,82 @@ class Batches(Generic[B_co]):
             raise SettingError(f"data.batch={config.batch} must be a multiple of the {world_size} processes")
         self.shards = shards
         self.config = config
-        self.order = Order(shards.sizes, config.seed, config.shuffle_window)
+        self.order = order_of(shards.source_sizes, config.weights, config.seed, config.shuffle_window)
         self.local = config.batch // world_size
         self.rank = rank
         self.step = 0
-        self._reader = ThreadPoolExecutor(1)
-        self._ahead: Any = None
+        self._readers = ThreadPoolExecutor(config.readers)
+        self._ahead: deque[Future[B_co]] = deque()
+        self._is_remote = any(shard.origin for shard in shards.shards)
+        self._fetched = range(0)  # steps whose shards were asked for
+        self._asked: deque[int] = deque(maxlen=MOST_OPEN)  # shards asked for of late
+        self._asking = threading.Lock()
+
+    @property
+    def about_order(self) -> dict[str, Any]:
+        """What decides the order of samples, for the head of a ledger."""
+        return {
+            "seed": self.config.seed,
+            "shuffle_window": self.config.shuffle_window,
+            "weights": list(self.config.weights),
+            "samples": len(self.shards),
+            "shards": self.shards.manifest.fingerprint,
+        }
 
     def seek(self, step: int) -> None:
         """Go to the batch of a step: costs nothing, however far in."""
-        self.step, self._ahead = step, None
+        for batch in self._ahead:
+            batch.cancel()
+        self._ahead.clear()
+        self.step = step
 
     def __iter__(self) -> "Batches[B_co]":
         return self
 
     def __next__(self) -> B_co:
-        batch = (self._ahead or self._reader.submit(self.read, self.step)).result()
+        self._read_ahead()
+        batch = self._ahead.popleft().result()
         self.step += 1
-        self._ahead = self._reader.submit(self.read, self.step)
+        self._read_ahead()
         return batch
 
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < self.config.readers:
+            self._ahead.append(self._readers.submit(self.read, self.step + len(self._ahead)))
+
     def read(self, step: int) -> B_co:
-        """The batch of a step; a pure function."""
+        """The batch of a step; a pure function. ShardError if sample after sample is bad."""
+        if self._is_remote:
+            self._fetch_soon(step)
+        return self.collate(self.positions(step))
+
+    def _fetch_soon(self, step: int) -> None:
+        """Have the shards fetched that the steps from this one on need."""
+        last = step + 1 + FETCH_AHEAD // self.config.batch
+        with self._asking:
+            first = self._fetched.stop if step in self._fetched else step
+            self._fetched = range(step, last)
+            for position in itertools.chain.from_iterable(self.positions(later) for later in range(first, last)):
+                shard, _ = self.order[position]
+                if shard not in self._asked:
+                    self._asked.append(shard)
+                    self.shards.shards[shard].prefetch()
+
+    def positions(self, step: int) -> range:
+        """This rank's part of a step's positions in the endless order."""
         first = step * self.config.batch + self.rank * self.local
-        return self.collate(range(first, first + self.local))
+        return range(first, first + self.local)
 
     def collate(self, positions: range) -> B_co:
         raise NotImplementedError
+
+    def usable(self, positions: range, make: Callable[[Sample, int], T]) -> tuple[list[T], list[str], Seen]:
+        """What `make` makes of each position's sample or, if it raises ShardError, of a replacement; keys; record."""
+        bad: list[Bad] = []
+        found = [usable_sample(self.shards, self.order, position, make, bad) for position in positions]
+        keys = [key for _, key, _ in found]
+        digest = digest_of(positions, [place for place, *_ in found], keys)
+        return [made for *_, made in found], keys, Seen(digest, tuple(bad))
 
 
 class ImageBatches(Batches[ImageBatch]):
@@ -136,12 +172,20 @@ class ImageBatches(Batches[ImageBatch]):
         self.side, self.flip = side, flip
 
     def collate(self, positions: range) -> ImageBatch:
-        samples = [self.shards.read(self.order[position]) for position in positions]
-        pixels = np.stack([picture_of(sample, self.side) for sample in samples])
-        if self.flip:
-            flips = [counter_random(self.config.seed, FLIP, position).random() < 0.5 for position in positions]
-            pixels[flips] = pixels[flips, :, ::-1]
-        return ImageBatch(to_pixels(pixels), [caption_of(s) for s in samples], [s.key for s in samples])
+        flips = Draws(self.config.seed, FLIP, positions)
+        pixels = torch.empty(len(positions), 3, self.side, self.side)
+        planes = np.empty((3, self.side, self.side), np.uint8)
+
+        def make(sample: Sample, position: int) -> str:
+            caption, picture = caption_of(sample), picture_of(sample, self.side)
+            if self.flip and flips.at(position).random() < 0.5:
+                picture = picture[:, ::-1]
+            np.copyto(planes, picture.transpose(2, 0, 1))
+            pixels[positions.index(position)].copy_(torch.from_numpy(planes)).div_(255)  # while it is in the cache
+            return caption
+
+        captions, keys, seen = self.usable(positions, make)
+        return ImageBatch(pixels, captions, keys, seen)
 
 
 class TokenBatches(Batches[TokenBatch]):
@@ -161,30 +205,52 @@ class TokenBatches(Batches[TokenBatch]):
         super().__init__(shards, config, rank, world_size)
         self.vocabulary, self.n_text = vocabulary, n_text
         self.bpe_dropout, self.caption_dropout = bpe_dropout, caption_dropout
+        counts = shards.manifest.counts
+        self.codes = Codes(counts.get("grid"), counts.get("codebook"))
 
     def collate(self, positions: range) -> TokenBatch:
-        samples = [self.shards.read(self.order[position]) for position in positions]
-        seed, dropout = self.config.seed, self.bpe_dropout
-        batch = tokens_batch(samples, self.vocabulary, self.n_text, dropout, seed, positions)
+        seed = self.config.seed
+        make = token_maker(self.vocabulary, self.codes, self.bpe_dropout, seed, positions)
+        rows, keys, seen = self.usable(positions, make)
+        batch = token_batch(rows, keys, self.n_text, seen)
         if self.caption_dropout:
-            chances = [counter_random(seed, EMPTY, position).random() for position in positions]
+            draws = Draws(seed, EMPTY, positions)
+            chances = [draws.at(position).random() for position in positions]
             batch.text[torch.tensor(chances) < self.caption_dropout] = PAD
         return batch
+
+
+TokenRow = tuple[list[int], np.ndarray]  # ids of the text; codes (G * G,) int64
+
+
+def token_maker(
+    vocabulary: Vocabulary, codes: Codes, dropout: float, seed: int, positions: range
+) -> Callable[[Sample, int], TokenRow]:
+    """Makes ids and codes of a token sample at one of the positions; draws depend on (seed, position) alone."""
+    merges, crops = Draws(seed, DROPOUT, positions), Draws(seed, CROP, positions)
+
+    def make(sample: Sample, position: int) -> TokenRow:
+        caption, grids = caption_of(sample), codes.read(sample)
+        crop = int(crops.at(position).integers(len(grids))) if len(grids) > 1 else 0
+        if dropout:
+            return vocabulary.encode_with_dropout(caption, dropout, merges.at(position)), grids[crop].ravel()
+        return vocabulary.encode(caption), grids[crop].ravel()
+
+    return make
+
+
+def token_batch(rows: list[TokenRow], keys: list[str], n_text: int, seen: Seen) -> TokenBatch:
+    image = np.stack([codes for _, codes in rows]).astype(np.int64)
+    return TokenBatch(pad_text([ids for ids, _ in rows], n_text), torch.from_numpy(image), keys, seen)
 
 
 def tokens_batch(
     samples: list[Sample], vocabulary: Vocabulary, n_text: int, dropout: float, seed: int, positions: range
 ) -> TokenBatch:
-    """Text and codes of token samples; draws depend on (seed, position) alone."""
-    text = []
-    codes = []
-    for sample, position in zip(samples, positions, strict=True):
-        random = counter_random(seed, DROPOUT, position)
-        caption = caption_of(sample)
-        text.append(vocabulary.encode_with_dropout(caption, dropout, random) if dropout else vocabulary.encode(caption))
-        crops = np.load(io.BytesIO(sample.files["npy"]), allow_pickle=False)
-        codes.append(crops[counter_random(seed, CROP, position).integers(len(crops))].astype(np.int64).ravel())
-    return TokenBatch(pad_text(text, n_text), torch.from_numpy(np.stack(codes)), [s.key for s in samples])
+    """Text and codes of token samples, which must be good; draws depend on (seed, position) alone."""
+    make = token_maker(vocabulary, Codes(), dropout, seed, positions)
+    rows = [make(sample, position) for sample, position in zip(samples, positions, strict=True)]
+    return token_batch(rows, [sample.key for sample in samples], n_text, Seen())
 
 
 def words_in(batch: TokenBatch) -> int:
@@ -199,18 +265,6 @@ def pad_text(ids: list[list[int]], n_text: int) -> Tensor:
         kept = row_ids[: n_text - 1]
         row[: len(kept)] = torch.tensor(kept, dtype=torch.int64)
     return text
-
-
-def picture_of(sample: Sample, side: int) -> np.ndarray:
-    """(side, side, 3) uint8 picture of an images/ sample."""
-    for ending in IMAGE_ENDINGS:
-        if ending in sample.files:
-            return square(sample.files[ending], side)
-    raise ShardError(f"sample {sample.key} has no picture, only {', '.join(sample.files)}")
-
-
-def caption_of(sample: Sample) -> str:
-    return sample.files["txt"].decode()
 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:

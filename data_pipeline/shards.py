@@ -5,22 +5,32 @@ bytes, sha256 and each member's offset. The index is written last, so a tar with
 unfinished. Same samples, same bytes.
 """
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
 import lzma
 import os
 import tarfile
+import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar, cast
 
 from cluster.manifest import FolderError, file_digest, write_json
 from cluster.settings import UserError
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TEXT_ENDINGS = ("txt", "caption", "cap", "json")
 KEY_BYTES = 90  # with its ending a name must fit the 100 bytes of a ustar header
+# A tar of others may ask for any amount of memory (a few MB of gzip unpack to GB): far above what pairs need.
+SAMPLE_BYTES, TEXT_BYTES, PADDING_BYTES = 256 << 20, 8 << 20, 64 << 20
+
+Place = tuple[int, int]  # (offset, bytes) of a member's content
+T = TypeVar("T")
 
 
 class ShardError(UserError):
@@ -35,37 +45,72 @@ class Sample:
     files: dict[str, bytes]
 
 
+class Origin(Protocol):
+    """Where a shard that is not on this machine comes from."""
+
+    def open(self) -> BinaryIO: ...
+
+    def prefetch(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard of ours: where each sample's members lie."""
+    """A tar whose samples are read by number: where each sample's members lie."""
 
     path: Path
     keys: list[str]
-    places: list[dict[str, tuple[int, int]]] = field(repr=False)  # a sample: ending -> (offset, bytes)
+    places: list[dict[str, Place]] = field(repr=False)  # a sample: ending -> (offset, bytes)
+    origin: Origin | None = field(default=None, repr=False, compare=False)  # None: the tar lies at `path`
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def open(self) -> BinaryIO:
+        """The tar, to be read at `places`; fetched first if it is remote, and kept in the cache while open."""
+        return self.origin.open() if self.origin else open(self.path, "rb")
+
+    def prefetch(self) -> None:
+        """Begin to fetch the tar in a thread if it is remote and not here yet; returns at once."""
+        if self.origin:
+            self.origin.prefetch()
 
     def read(self, number: int) -> Sample:
         """Sample `number` of the shard, read by offset; ShardError if the tar is shorter than its index."""
         return Sample(self.keys[number], self._read(number, self.places[number]))
 
     def read_text(self, number: int) -> str:
-        """The caption of sample `number`, without its other members."""
-        return self._read(number, {"txt": self.places[number]["txt"]})["txt"].decode()
+        """The caption of sample `number`, without its other members; ShardError if it has none in UTF-8."""
+        name = f"{shown(self.path)}: sample {shown(self.keys[number])}"
+        if "txt" not in self.places[number]:
+            raise ShardError(f"{name} has no txt, only {shown(', '.join(self.places[number]))}")
+        try:
+            return self._read(number, {"txt": self.places[number]["txt"]})["txt"].decode()
+        except UnicodeDecodeError as error:
+            raise ShardError(f"{name} has a txt that is not UTF-8 ({error.reason})") from None
 
-    def _read(self, number: int, wanted: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-        with open(self.path, "rb") as file:
+    def _read(self, number: int, wanted: dict[str, Place]) -> dict[str, bytes]:
+        with self.open() as file:
             files = {ending: os.pread(file.fileno(), n, at) for ending, (at, n) in wanted.items()}
         for ending, (_, n) in wanted.items():
             if len(files[ending]) != n:
-                raise ShardError(f"{self.path} is shorter than its index says: {self.keys[number]}.{ending} is cut")
+                name = shown(f"{self.keys[number]}.{ending}")
+                raise ShardError(f"{shown(self.path)} is shorter than its index says: {name} is cut")
         return files
 
 
+def shown(name: object) -> str:
+    """A path or a name as it may be printed: on one line, with what would steer a terminal escaped."""
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def plain_key(name: str) -> str:
-    """A KEY out of any name: no folders, dots (WebDataset cuts at the first) or broken bytes, and not too long."""
+    """A KEY out of any name: no folders, dots (WebDataset cuts at the first), control or broken bytes; not too long."""
     text = name.removeprefix("./").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if not text.isprintable():  # a key is a line of ledgers and reports: no line ends, no terminal codes
+        text = "".join("_" if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
     key = text.replace("/", "_").replace(".", "_") or "_"
     whole = key.encode()
     if len(whole) > KEY_BYTES:
@@ -97,19 +142,30 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard | None:
     return Shard(path, keys, places)
 
 
-def open_shard(path: Path) -> Shard:
-    """A finished shard of ours, by its index; FolderError if tar or index is missing or damaged."""
+def open_shard(path: Path, origin: Origin | None = None) -> Shard:
+    """A finished shard of ours, by its index; FolderError if tar or index is missing or damaged.
+
+    With an origin the tar need not be there, only its index.
+    """
     index_path = path.with_suffix(".json")
     try:
-        index = json.loads(index_path.read_text())
-        samples = [(key, {e: (at, n) for e, (at, n) in place.items()}) for key, place in index["samples"]]
+        index = json.loads(index_path.read_bytes())
         n_bytes = index["bytes"]
-    except (OSError, ValueError, KeyError) as error:
-        raise FolderError(f"{index_path}, the index of {path.name}, cannot be read: {error}") from None
-    if not path.is_file() or path.stat().st_size != n_bytes:
+        keys = [key for key, _ in index["samples"]]
+        places = [checked_places(place, n_bytes) for _, place in index["samples"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FolderError(f"{shown(index_path)}, the index of {path.name}, cannot be read: {error}") from None
+    if origin is None and (not path.is_file() or path.stat().st_size != n_bytes):
         found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-        raise FolderError(f"{path} is cut or changed: {found}, its index says {n_bytes} bytes")
-    return Shard(path, [key for key, _ in samples], [place for _, place in samples])
+        raise FolderError(f"{shown(path)} is cut or changed: {found}, its index says {n_bytes} bytes")
+    return Shard(path, keys, places, origin)
+
+
+def checked_places(place: dict[str, list[int]], n_bytes: int) -> dict[str, Place]:
+    """A sample's places as an index file has them; ValueError if one lies outside of a tar of `n_bytes`."""
+    if any(at < 0 or n < 0 or at + n > n_bytes for at, n in place.values()):
+        raise ValueError(f"a member at {place} lies outside of the tar's {n_bytes} bytes")
+    return {ending: (at, n) for ending, (at, n) in place.items()}
 
 
 def is_finished(path: Path) -> bool:
@@ -121,46 +177,125 @@ def is_finished(path: Path) -> bool:
     return True
 
 
-def read_foreign(path: Path) -> Iterator[Sample]:
-    """Samples of any WebDataset tar, in file order, compressed or not.
+def read_foreign(path: Path, name: str = "") -> Iterator[Sample]:
+    """Samples of any WebDataset tar, in file order, compressed or not; `name` is what errors call it.
 
     Adjacent members that share the name up to the first dot are one sample, until an ending repeats.
     Ends with ShardError when the tar is cut, garbled or empty: tarfile and webdataset stop there in
-    silence.
+    silence. ShardError too at a link, a device, a name that leaves its folder, a sparse file, and at
+    a sample or text so large that it must be an attack. What no tar can tell is a flip inside the
+    data of an uncompressed one, and that a member is missing: the sample then lacks that ending.
     """
+    with open(path, "rb") as file:
+        for key, files in walk(file, name or shown(path), _content):
+            yield Sample(key, files)
+
+
+def walk(
+    file: BinaryIO, name: str, take: Callable[["_Bounded", tarfile.TarInfo], T]
+) -> Iterator[tuple[str, dict[str, T]]]:
+    """(key, ending -> what `take` makes of the member) of each sample of a tar, as read_foreign gives them."""
     count = 0
     try:
-        with tarfile.open(path) as tar:
-            for sample in _grouped(path, tar):
+        stream = _Bounded(_unpacked(file), name)
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for sample in _grouped(stream, tar, take):
                 count += 1
                 yield sample
-            _check_end(path, tar, count)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            _check_end(stream, tar.offset, count)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
-        raise ShardError(f"{path} is truncated or not a tar after {count} samples ({reason})") from None
+        reason = shown((str(error) or type(error).__name__).splitlines()[0].rstrip(":"))
+        raise ShardError(f"{name} is truncated or not a tar after {count} samples ({reason}); fetch it again") from None
     if count == 0:
-        raise ShardError(f"{path} is an empty shard")
+        raise ShardError(f"{name} is an empty shard")
 
 
-def _grouped(path: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
+class _Bounded(io.RawIOBase):
+    """The bytes of a tar; refuses to read more at once than a sample may hold, whatever a header asks for."""
+
+    def __init__(self, file: BinaryIO, tar: str) -> None:
+        self.file, self.tar = file, tar
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= SAMPLE_BYTES:
+            raise ShardError(
+                f"{self.tar}: a header asks for {size} bytes at once; refused, the tar is damaged or hostile"
+            )
+        return self.file.read(size)
+
+    def seek(self, at: int, whence: int = 0) -> int:
+        return self.file.seek(at, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def compression_of(file: BinaryIO) -> str:
+    """gzip, bzip2, xz, or "" for none; by the first bytes, never by the file's name."""
+    start = file.read(6)
+    file.seek(0)
+    magic = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0"}
+    return next((name for name, mark in magic.items() if start.startswith(mark)), "")
+
+
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    kind = compression_of(file)
+    if kind == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if kind == "bzip2":
+        return cast(BinaryIO, bz2.BZ2File(file))
+    return cast(BinaryIO, lzma.LZMAFile(file)) if kind == "xz" else file
+
+
+def _content(stream: _Bounded, member: tarfile.TarInfo) -> bytes:
+    stream.seek(member.offset_data)
+    data = stream.read(member.size)
+    if len(data) != member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
+
+
+def _grouped(
+    stream: _Bounded, tar: tarfile.TarFile, take: Callable[[_Bounded, tarfile.TarInfo], T]
+) -> Iterator[tuple[str, dict[str, T]]]:
     key = ""
-    files: dict[str, bytes] = {}
-    for member in tar:
+    files: dict[str, T] = {}
+    n_bytes = 0
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # or it keeps the header of every member
         if member.isdir():
             continue
-        if not member.isfile() or member.name.startswith("/") or ".." in member.name.split("/"):
-            raise ShardError(f"{path}: member {member.name!r} is a link or leaves its folder; refused")
         stem, ending = _split(member.name)
         if files and (stem != key or ending in files):
-            yield Sample(key, files)
-            files = {}
+            yield key, files
+            files, n_bytes = {}, 0
+        n_bytes += member.size + tarfile.BLOCKSIZE
+        _refuse_odd(member, ending, n_bytes, stream.tar)
         key = stem
-        content = tar.extractfile(member)
-        files[ending] = content.read() if content else b""
+        files[ending] = take(stream, member)
     if files:
-        yield Sample(key, files)
+        yield key, files
+
+
+def _refuse_odd(member: tarfile.TarInfo, ending: str, n_bytes: int, tar: str) -> None:
+    """ShardError for what no shard should hold; n_bytes is the size of the member's sample so far."""
+    name = f"{tar}: member '{shown(member.name)}'"
+    if not member.isfile() or member.name.startswith("/") or ".." in member.name.split("/"):
+        raise ShardError(f"{name} is a link, a device or leaves its folder; refused: make the tar without it")
+    if member.size < 0:
+        raise ShardError(f"{name} claims {member.size} bytes; refused: the tar is damaged or hostile")
+    if member.issparse():
+        raise ShardError(f"{name} is stored with holes (sparse); refused: make the tar without --sparse")
+    if ending in TEXT_ENDINGS and member.size > TEXT_BYTES:
+        raise ShardError(
+            f"{name} is a text of {member.size} bytes, more than {TEXT_BYTES}; refused: make the tar without it"
+        )
+    if n_bytes > SAMPLE_BYTES:
+        raise ShardError(
+            f"{name} makes a sample of {n_bytes} bytes, more than {SAMPLE_BYTES}; refused: make the tar without it"
+        )
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -169,21 +304,26 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, ending.lower()
 
 
-def _check_end(path: Path, tar: tarfile.TarFile, count: int) -> None:
+def _check_end(stream: _Bounded, at: int, count: int) -> None:
     """A whole tar ends with a block of zeros, and zeros; anything else means that it was cut or garbled there.
 
     Reading to the end also makes gzip check its checksum.
     """
-    file = tar.fileobj
-    assert file is not None
-    file.seek(tar.offset)
-    block = file.read(512)
-    if len(block) < 512 or any(block):
-        raise ShardError(f"{path} is truncated or garbled after {count} samples (no end mark)")
+    stream.seek(at)
+    block = stream.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise ShardError(f"{stream.tar} is truncated or garbled after {count} samples (no end mark); fetch it again")
+    padding = 0
     while block:
-        block = file.read(1 << 20)
+        block = stream.read(1 << 20)
+        padding += len(block)
         if block.strip(b"\0"):
-            raise ShardError(f"{path} goes on behind its end mark after {count} samples (tars joined with cat?)")
+            raise ShardError(
+                f"{stream.tar} goes on behind its end mark after {count} samples (tars joined with cat?); "
+                "name the tars one by one"
+            )
+        if padding > PADDING_BYTES:
+            raise ShardError(f"{stream.tar} ends in more than {PADDING_BYTES} zeros; refused: it is damaged or hostile")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:

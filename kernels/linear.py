@@ -3,6 +3,11 @@
 Torch's own, but on AMD processors in float32 those of oneDNN: there torch takes MKL, which runs other
 makers' processors at half their speed or less (94 against 217 GFLOP/s on a core of an EPYC with
 AVX-512, measured, with equal errors).
+
+Where x is narrower than the weights (float16 in a branch whose weights are kept in float32), products
+are in x's dtype with float32 sums, the weights' gradient too, but the bias's gradient is summed and
+kept in float32 (Ramesh et al. 2021, appendix D: gains and biases have 32-bit gradients). The narrow
+copy of a weight lives no longer than a product.
 """
 
 from functools import cache
@@ -18,13 +23,15 @@ SLOPE = 1.702  # Child et al. 2019 (arXiv 1904.10509), section 5
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight^T + bias: x (..., n), weight (m, n), bias (m) -> (..., m)."""
-    if not _by_onednn(x, weight):
+    if x.dtype == weight.dtype and not _by_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _linear(x, weight, bias)
 
 
 def activated_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(x * sigmoid(1.702 x)) @ weight^T + bias: x (..., n), weight (m, n), bias (m) -> (..., m).
+
+    The weight may be a transpose, as one stored inputs first is.
 
     Keeps 1.702 x for the backward pass and not the activation's output, which in an MLP is four times as wide
     as the model: the largest saving that needs no second product.
@@ -61,13 +68,15 @@ def _mkl_is_slow() -> bool:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b^T + bias: a (r, n), b (m, n), bias (m) -> (r, m)."""
+    if a.dtype == torch.float16 and a.device.type == "cpu":  # few processors have it: torch takes 4 times as long
+        return _product(a.float(), b.float(), None if bias is None else bias.float()).half()
     if _by_onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return F.linear(a, b, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _product(_rows(x), weight, bias).view(*x.shape[:-1], -1)
+    return _product(_rows(x), weight.to(x.dtype), bias.to(x.dtype)).view(*x.shape[:-1], -1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -90,8 +99,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         d_out = _rows(d_out)
-        d_x = _product(d_out, weight.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        return d_x, _product(d_out.t(), _rows(x).t()), d_out.sum(0)
+        d_x = _product(d_out, weight.to(x.dtype).t()).view_as(x) if ctx.needs_input_grad[0] else None
+        d_weight = _product(d_out.t(), _rows(x).t())
+        return d_x, d_weight.to(weight.dtype), d_out.sum(0, dtype=weight.dtype)
 
 
 class _ActivatedLinear(torch.autograd.Function):
@@ -106,5 +116,6 @@ class _ActivatedLinear(torch.autograd.Function):
         steep, weight = ctx.saved_tensors
         d_out, rows = _rows(d_out), _rows(steep)
         d_weight = _product(d_out.t(), torch.ops.aten.silu(rows).t()).mul_(1 / SLOPE)
-        d_x = torch.ops.aten.silu_backward(_product(d_out, weight.t()), rows)  # its slope and 1 / SLOPE cancel
-        return d_x.view_as(steep), d_weight, d_out.sum(0)
+        d_active = _product(d_out, weight.to(steep.dtype).t())
+        d_x = torch.ops.aten.silu_backward(d_active, rows)  # its slope and 1 / SLOPE cancel
+        return d_x.view_as(steep), d_weight.to(weight.dtype), d_out.sum(0, dtype=weight.dtype)

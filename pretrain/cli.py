@@ -20,6 +20,7 @@ VERBS = {
     "sample": "pretrain.sample",
     "rerank": "pretrain.rerank",
     "checkpoint": "cluster.inspect_checkpoints",
+    "plot": "pretrain.plot",
     "demo": "pretrain.demo",
 }
 

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.power_sgd import PowerSGDConfig
 from cluster.run import RunConfig
 from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
+from data_pipeline.remote import CacheConfig
+from pretrain.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -38,25 +41,38 @@ class OptimConfig:
 
     lr: float = setting(4.5e-4, "peak step size (the paper: 4.5e-4)")
     warmup_steps: int = setting(100, "linear ramp to the peak (the paper: 5000)")
-    final_lr: float = setting(0.1, "fraction of the peak that the cosine ends at")
+    schedule: Literal["cosine", "constant", "plateau"] = setting("cosine", "after the ramp (the paper: plateau)")
+    final_lr: float = setting(0.1, "cosine: fraction of the peak that it ends at")
+    halvings: int = setting(5, "plateau: times the step size is halved (the paper: 5)")
+    plateau_window: int = setting(1000, "plateau: updates whose losses are averaged")
+    plateau_patience: int = setting(10, "plateau: windows without a better mean before a halving")
+    plateau_threshold: float = setting(0.002, "plateau: what share of the loss counts as better")
     beta1: float = setting(0.9, "decay of the mean")
     beta2: float = setting(0.96, "decay of the variance (the paper: 0.96)")
     eps: float = setting(1e-8, "added to the root of the variance")
     weight_decay: float = setting(4.5e-2, "on matrices, not on gains, biases or embeddings (the paper: 4.5e-2)")
     clip: float = setting(4.0, "global gradient norm (the paper: 4)")
+    moments: Literal["fp32", "bf16", "16-bit"] = setting(
+        "fp32", "how resblocks' matrices keep theirs; 16-bit: 1-6-9 for means, 0-6-10 for variances (the paper)"
+    )
+    variance_clip: float = setting(0.0, "largest running variance, 0: no limit (the paper: 5)")
+    average_every: int = setting(0, "updates between copies into the averaged weights, 0: none (the paper: 25)")
+    average_decay: float = setting(0.99, "of the average at each copy (the paper: 0.99)")
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     """A run of the transformer."""
 
-    tokens: str = setting("data/tokens", "token shards, from `smalti tokenise`")
+    tokens: str = setting("data/tokens", "token shards, from `smalti tokenise`; several folders with :: between")
     vocab: str = setting("data/vocab", "the BPE, from `smalti preprocess`")
     out: str = setting("runs/train", "run folder to write")
     n_steps: int = setting(1000, "updates")
     seed: int = setting(0, "decides the initial weights")
-    precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "auto: bf16 where the device computes in it, else fp32"
+    precision: Precision = setting(
+        "auto",
+        "auto: bf16 where the device computes in it, else fp32; fp16-resblock: float16 branches, each with its own "
+        "gradient scale (the paper); fp16-global: one scale for all",
     )
     attention: Literal["auto", "triton", "cpu", "dense"] = setting(
         "auto", "what computes attention; auto: the fastest on the device; dense: all scores, under a mask"
@@ -65,7 +81,23 @@ class TrainConfig(RunConfig):
         "none", "resblocks whose activations the backward pass computes again instead of keeping them"
     )
     compile: bool = setting(False, "torch.compile the MLP resblocks: a slow start, faster steps on a GPU")
-    zero_stage: int = setting(1, "DeepSpeed ZeRO: 0 none, 1 optimiser, 2 + gradients, 3 + weights")
+    accumulate: int = setting(1, "parts of a batch whose gradients are added up before an update")
+    zero_stage: int = setting(1, "DeepSpeed ZeRO shards: 1 optimiser states, 2 and gradients, 3 and weights")
+    zero_shards: int = setting(
+        0,
+        "processes that share one sharded copy of the state, as those of a node; other such groups hold replicas; 0: all",
+    )
+    offload_optimizer: bool = setting(False, "optimiser states and their update on the CPU")
+    offload_activations: bool = setting(False, "activations that activation_checkpointing keeps wait on the CPU")
+    on_overflow: Literal["update", "block"] = setting(
+        "update", "what a float16 overflow leaves out: the whole update (the paper), or its resblock's"
+    )
+    on_spike: Literal["log", "skip"] = setting(
+        "log", "a loss or gradient norm far above those before it is told, or its update is left out as well"
+    )
+    on_bad_numbers: Literal["skip", "rollback", "stop"] = setting(
+        "skip", "an update with an Inf or NaN is left out; rollback: the run also goes on from its last checkpoint"
+    )
     text_weight: float = setting(0.125, "share of the text loss; the image has the rest (the paper: 1/8)")
     bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training (the paper: 0.1)")
     caption_dropout: float = setting(
@@ -73,13 +105,19 @@ class TrainConfig(RunConfig):
     )
     model: TransformerConfig = section(TransformerConfig)
     optim: OptimConfig = section(OptimConfig)
+    power_sgd: PowerSGDConfig = section(PowerSGDConfig)
     data: LoaderConfig = section(LoaderConfig)
+    cache: CacheConfig = section(CacheConfig)
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise SettingError(f"zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.zero_shards and self.zero_stage != 3:
+            raise SettingError(f"zero_shards={self.zero_shards} needs zero_stage=3: its shards are rows of matrices")
+        if self.zero_stage not in (1, 2, 3):
+            raise SettingError(f"zero_stage={self.zero_stage} must be 1, 2 or 3")
         super().__post_init__()
-        require_at_least_one(self, ("n_steps",))
+        require_at_least_one(self, ("n_steps", "accumulate"))
+        if self.offload_activations and self.activation_checkpointing == "none":
+            raise SettingError("offload_activations=true needs activation_checkpointing=resblock or attention")
         if not 0 < self.text_weight < 1:
             raise SettingError(f"text_weight={self.text_weight} must be between 0 and 1")
         if not 0 <= self.bpe_dropout < 1:

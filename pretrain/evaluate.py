@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-
 from cluster.process import sum_over_ranks
 from data_pipeline.bpe import Vocabulary
 from data_pipeline.loader import Shards, TokenBatch, tokens_batch, words_in
@@ -28,25 +26,24 @@ class HeldOut:
         return replace(self.all, text=self.all.text.roll(max(1, len(self) // 2), 0))
 
 
-@torch.no_grad()
 def evaluate(engine: Engine, heldout: HeldOut) -> dict[str, float]:
     """Nats per token over the held-out samples, the same on every rank.
 
     val/image_loss with true captions, val/image_loss_shuffled with other samples' captions (the gap
     is what the model takes from the text), and val/text_loss.
     """
-    engine.evaluating()
     sums = dict.fromkeys(("text", "image", "shuffled", "words", "pictures"), 0.0)
     other = heldout.with_other_captions()
-    for chosen, counted in _shares(engine, len(heldout)):
-        true = _part(heldout.all, chosen)
-        losses, shuffled = engine.losses(true, words_in(true)), engine.losses(_part(other, chosen), 1.0)
-        pictures, words = len(true.text) * counted, words_in(true) * counted
-        sums["pictures"] += pictures
-        sums["words"] += words
-        sums["image"] += pictures * losses.image.item()
-        sums["shuffled"] += pictures * shuffled.image.item()
-        sums["text"] += words * losses.text.item()
+    with engine.evaluating():
+        for chosen, counted in _shares(engine, len(heldout)):
+            true = _part(heldout.all, chosen)
+            losses, shuffled = engine.losses(true, words_in(true)), engine.losses(_part(other, chosen), 1.0)
+            pictures, words = len(true.text) * counted, words_in(true) * counted
+            sums["pictures"] += pictures
+            sums["words"] += words
+            sums["image"] += pictures * losses.image.item()
+            sums["shuffled"] += pictures * shuffled.image.item()
+            sums["text"] += words * losses.text.item()
     total = sum_over_ranks(engine.place, sums)
     return {
         "val/image_loss": total["image"] / total["pictures"],
@@ -62,7 +59,7 @@ def _shares(engine: Engine, count: int) -> Iterator[tuple[slice, bool]]:
     part); a rank with nothing left runs sample 0 and does not count it.
     """
     place = engine.place
-    local = max(1, engine.config.data.batch // place.world_size)
+    local = max(1, engine.config.data.batch // (place.world_size * engine.config.accumulate))
     for first in range(0, count, local * place.world_size):
         at = first + place.rank * local
         yield (slice(at, at + local), True) if at < count else (slice(0, 1), False)

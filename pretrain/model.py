@@ -8,13 +8,15 @@ builds on. Axis letters: see kernels/layout.py.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.loader import PAD
@@ -28,6 +30,7 @@ INIT = 0.125  # Child et al. 2019, section 5: weights ~ N(0, 0.125 / sqrt(fan in
 
 Attend = Callable[[Tensor], Tensor]  # packed queries, keys and values (..., 3, H, D) -> (..., H, D)
 Recompute = Literal["none", "attention", "resblock"]
+Whole = Callable[[list[Tensor]], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,22 @@ class Linear(nn.Linear):
 
 
 class ActivatedLinear(Linear):
-    """x * sigmoid(1.702 x), then the linear layer."""
+    """x * sigmoid(1.702 x), then the linear layer.
+
+    Its weight is (inputs, outputs): shards of it, which are runs of rows, are then more nearly square, and cost
+    PowerSGD less, for an MLP's second layer has four times as many inputs (Ramesh et al. 2021, table 2).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+
+    def pack(self) -> None:
+        self.packed = packed(self.weight.t())
+        self.register_parameter("weight", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated_linear(x, self.weight if self.packed is None else self.packed, self.bias)
+        return activated_linear(x, self.weight.t() if self.packed is None else self.packed, self.bias)
 
 
 class Attention(nn.Module):
@@ -100,14 +115,19 @@ class Mlp(nn.Module):
 class Norm(nn.Module):
     """Adds a branch to the stream and normalises the sum, in one pass."""
 
+    leave_scale: Tensor | None = None  # gradient scale of the branch that joins here
+    enter_scale: Tensor | None = None  # and of the one that starts here
+    dtype: torch.dtype | None = None  # of the branch that starts here; None is that of the weights
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + branch, and its layer norm in the dtype of the weights."""
-        return boundary(x, branch, self.gain, self.bias, dtype=self.gain.dtype)
+        """x + branch, and its layer norm."""
+        leave_scale = None if branch is None else self.leave_scale
+        return boundary(x, branch, self.gain, self.bias, leave_scale, self.enter_scale, self.dtype or self.gain.dtype)
 
 
 class Resblock(nn.Module):
@@ -123,38 +143,53 @@ class Resblock(nn.Module):
         x, h = self.norm(x, branch)
         return x, self.inner(h, *attend)
 
-    def recomputed(self, x: Tensor, branch: Tensor | None, *attend: Attend) -> tuple[Tensor, Tensor]:
-        """The same, but only the stream is kept for the backward pass, which computes the rest again."""
-        x = x if branch is None else leave(x, branch)
-        return checkpoint(self, x, None, *attend, use_reentrant=False, preserve_rng_state=False)
+    def recomputed(
+        self, x: Tensor, branch: Tensor | None, *attend: Attend, on_cpu: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The same, but only the stream is kept for the backward pass, which computes the rest again.
+
+        on_cpu: kept in host memory.
+        """
+        x = x if branch is None else leave(x, branch, self.norm.leave_scale)
+        with save_on_cpu(pin_memory=x.is_cuda) if on_cpu else nullcontext():
+            return checkpoint(self, x, None, *attend, use_reentrant=False, preserve_rng_state=False)
 
 
 class Layer(nn.Module):
     """An attention resblock and an MLP resblock."""
 
-    def __init__(self, config: TransformerConfig, recompute: Recompute = "none") -> None:
+    def __init__(self, config: TransformerConfig, recompute: Recompute = "none", on_cpu: bool = False) -> None:
         super().__init__()
         self.attention = Resblock(config.d_model, Attention(config))
         self.mlp = Resblock(config.d_model, Mlp(config))
-        self.recompute = recompute
+        self.recompute, self.on_cpu = recompute, on_cpu
 
     def forward(self, x: Tensor, branch: Tensor | None, attend: Attend) -> tuple[Tensor, Tensor]:
-        attention = self.attention.recomputed if self._forgets("attention", "resblock") else self.attention
-        mlp = self.mlp.recomputed if self._forgets("resblock") else self.mlp
-        return mlp(*attention(x, branch, attend))
+        attention = self._run(self.attention, "attention", "resblock")
+        return self._run(self.mlp, "resblock")(*attention(x, branch, attend))
 
-    def _forgets(self, *choices: Recompute) -> bool:
-        return self.recompute in choices and torch.is_grad_enabled()
+    def _run(self, block: Resblock, *choices: Recompute) -> Callable[..., tuple[Tensor, Tensor]]:
+        if self.recompute in choices and torch.is_grad_enabled():
+            return partial(block.recomputed, on_cpu=self.on_cpu)
+        return block
 
 
 class Transformer(nn.Module):
     """Ids to logits; knows no tokenizer and no sampler."""
 
     def __init__(
-        self, config: TransformerConfig, sizes: Sizes, how: How = "auto", recompute: Recompute = "none"
+        self,
+        config: TransformerConfig,
+        sizes: Sizes,
+        how: How = "auto",
+        recompute: Recompute = "none",
+        on_cpu: bool = False,
+        whole: Whole = nullcontext,
     ) -> None:
         """how: what computes attention (kernels/attention.py). recompute: which resblocks the backward pass
-        computes again instead of keeping their activations. Neither changes the result."""
+        computes again instead of keeping their activations; on_cpu: what it keeps waits in host memory. None
+        changes the result. whole(parameters): the context in which parameters can be set that are sharded as
+        they are made."""
         super().__init__()
         d = config.d_model
         self.config, self.sizes = config, sizes
@@ -166,24 +201,27 @@ class Transformer(nn.Module):
         self.row = nn.Embedding(sizes.grid, d)
         self.column = nn.Embedding(sizes.grid, d)
         self.starts = nn.Embedding(2, d)  # start-of-text, start-of-image
-        self.layers = nn.ModuleList(Layer(config, recompute) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Layer(config, recompute, on_cpu) for _ in range(config.n_layers))
         self.norm = Norm(d)
         self.text_head = Linear(d, sizes.text_vocab)
         self.image_head = Linear(d, sizes.codebook)
         self.attends = [partial(attention, sparsity=sparsity, how=how) for sparsity in self.sparsities(self.layout)]
-        self._initialise()
+        self._initialise(whole)
 
-    def _initialise(self) -> None:
+    def _initialise(self, whole: Whole) -> None:
         residual_scale = 1 / math.sqrt(2 * self.config.n_layers)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = INIT / math.sqrt(module.in_features)
-                nn.init.normal_(module.weight, std=std * (residual_scale if name.endswith(".out") else 1))
-                nn.init.zeros_(module.bias)
+                with whole([module.weight]):
+                    nn.init.normal_(module.weight, std=std * (residual_scale if name.endswith(".out") else 1))
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=INIT / math.sqrt(module.embedding_dim))
-        nn.init.zeros_(self.text_head.weight)
-        nn.init.zeros_(self.image_head.weight)
+                with whole([module.weight]):
+                    nn.init.normal_(module.weight, std=INIT / math.sqrt(module.embedding_dim))
+        zeros = [module.bias for module in self.modules() if isinstance(module, nn.Linear)]
+        with whole([*zeros, self.text_head.weight, self.image_head.weight]):
+            for parameter in (*zeros, self.text_head.weight, self.image_head.weight):
+                nn.init.zeros_(parameter)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(B, T-1) ids with PAD -> (B, T, M): start-of-text, tokens with positions, pad vectors."""
@@ -206,6 +244,22 @@ class Transformer(nn.Module):
             if isinstance(module, Linear):
                 module.pack()
         return self
+
+    def resblocks(self) -> dict[str, Resblock]:
+        """The 2 L resblocks in the order of the stream, by their names (`layers.0.attention`)."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Resblock)}
+
+    def scale_gradients(self, scales: Tensor) -> None:
+        """Compute each resblock's branch in float16, its gradients multiplied by the resblock's own scale.
+
+        scales (2 L,) float32 on the model's device, read anew in every backward pass (Ramesh et al. 2021,
+        figure 4). Weights stay float32; so do embeddings, heads, gains and biases and their gradients.
+        """
+        norms = [block.norm for block in self.resblocks().values()]
+        for norm, scale in zip(norms, scales, strict=True):
+            norm.enter_scale, norm.dtype = scale, torch.float16
+        for norm, scale in zip([*norms[1:], self.norm], scales, strict=True):
+            norm.leave_scale = scale
 
     def compile_mlps(self) -> None:
         """torch.compile the MLP resblocks, whose activation it fuses; elsewhere kernels leave nothing to fuse."""

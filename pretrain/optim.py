@@ -1,4 +1,4 @@
-"""Which parameters decay, and the step size at each step."""
+"""Which parameters are updated together, which of them decay, and the step size at each step."""
 
 import math
 from typing import Any
@@ -6,15 +6,44 @@ from typing import Any
 from torch import nn
 
 from pretrain.config import OptimConfig
+from pretrain.model import Transformer
+
+REST = "rest"  # what lies outside all resblocks: embeddings, the last norm, heads
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: weight decay on matrices and kernels, not on gains, biases and embeddings."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
-    kept = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    embeddings = _embeddings(model)
+    decayed = [p for p in model.parameters() if _decays(p, embeddings)]
+    kept = [p for p in model.parameters() if not _decays(p, embeddings)]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def resblock_groups(model: Transformer, weight_decay: float, moments: str) -> list[dict[str, Any]]:
+    """The same, one resblock after the other and then the rest: `resblock` names the group's.
+
+    A resblock is what a gradient scale is about, what an update can leave out, and what PowerSGD sends at once.
+    Its matrices keep their moments as `moments` says, all else in float32 (Ramesh et al. 2021, appendix D).
+    """
+    names, embeddings = [*model.resblocks(), REST], _embeddings(model)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        block = resblock_of(name, names)
+        groups.setdefault((names.index(block), not _decays(parameter, embeddings)), []).append(parameter)
+    return [
+        {
+            "params": groups[block, is_kept],
+            "weight_decay": 0.0 if is_kept else weight_decay,
+            "moments": "fp32" if is_kept or names[block] == REST else moments,
+            "resblock": names[block],
+        }
+        for block, is_kept in sorted(groups)
+    ]
+
+
+def resblock_of(parameter: str, resblocks: list[str]) -> str:
+    """The resblock that a parameter belongs to, by its name, or REST."""
+    return next((block for block in resblocks if parameter.startswith(f"{block}.")), REST)
 
 
 def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
@@ -23,3 +52,12 @@ def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
     return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    return {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+
+
+def _decays(parameter: nn.Parameter, embeddings: set[int]) -> bool:
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # sharded, it is empty itself
+    return len(shape) >= 2 and id(parameter) not in embeddings

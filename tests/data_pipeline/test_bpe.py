@@ -74,6 +74,36 @@ def test_dropout_splits_pieces_and_keeps_the_text(vocabulary: Vocabulary, captio
     assert lengths[3] == sum(len(clean(text)) + 1 for text in captions[:100])
 
 
+def defined(vocabulary: Vocabulary, text: str, dropout: float, random: np.random.Generator) -> list[str]:
+    """BPE-dropout by its definition: at each step a draw for every possible merge, from left to right, and the
+    cheapest merge that is not dropped."""
+    characters = clean(text).replace(" ", "\u2581")
+    pieces = ["\u2581", *characters] if characters else []
+    ids = {vocabulary.model.id_to_piece(i): i for i in range(vocabulary.size)}
+    while True:
+        places = [at for at in range(len(pieces) - 1) if pieces[at] + pieces[at + 1] in ids]
+        kept = [at for at in places if not dropout or random.random() >= dropout]
+        if not kept:
+            return pieces
+        best = min(kept, key=lambda at: (-vocabulary.model.get_score(ids[pieces[at] + pieces[at + 1]]), at))
+        pieces[best : best + 2] = [pieces[best] + pieces[best + 1]]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_ids_and_draws_are_those_of_the_definition(vocabulary: Vocabulary, captions: list[str], dropout: float) -> None:
+    joined = [" and ".join(captions[n : n + 1 + n % 4]) for n in range(40)]
+    for n, text in enumerate([*joined, *STRANGE, "aaaaaaaaaa", "abababababab", "", " "]):
+        one, other = np.random.default_rng(n), np.random.default_rng(n)
+        pieces = defined(vocabulary, text, dropout, one)
+        known = {vocabulary.model.id_to_piece(i) for i in range(vocabulary.size)}
+        expected = [
+            p for piece in pieces for p in ([piece] if piece in known else [f"<0x{b:02X}>" for b in piece.encode()])
+        ]
+        ids = vocabulary.encode_with_dropout(text, dropout, other)
+        assert [vocabulary.model.id_to_piece(i) for i in ids] == expected
+        assert one.random() == other.random()  # as many numbers were drawn
+
+
 def test_dropout_depends_on_the_generator_alone(vocabulary: Vocabulary, captions: list[str]) -> None:
     np.random.seed(1)
     one = [vocabulary.encode_with_dropout(text, 0.3, np.random.default_rng(n)) for n, text in enumerate(captions[:50])]

@@ -6,6 +6,9 @@ import pytest
 from data_pipeline.order import Order, counter_random
 
 SIZES = (5, 1, 8, 3, 4, 7)
+GOLDEN_EPOCH = [(2, 1), (2, 0), (2, 3), (2, 2), (1, 1), (1, 0), (0, 2), (0, 1), (0, 0)]
+GOLDEN_SOURCE = [(2, 2), (1, 1), (2, 1), (2, 0), (2, 3), (1, 0), (0, 2), (0, 1), (0, 0)]
+GOLDEN_REPLACEMENTS = [(2, 1), (1, 1), (0, 1)]
 
 
 def take(order: Order, first: int, last: int) -> list[tuple[int, int]]:
@@ -34,6 +37,24 @@ def test_the_order_of_a_release_is_that_of_the_next() -> None:
     """A resume under a newer numpy or smalti must go on in the same order."""
     first = [(0, 0), (0, 2), (1, 1), (0, 1), (1, 0), (2, 1), (2, 2), (2, 0), (2, 3)]
     assert take(Order((3, 2, 4), 1, 2), 0, 9) == first
+
+
+def test_the_order_of_a_release_is_that_of_the_next_in_later_epochs_and_other_sources() -> None:
+    assert take(Order((3, 2, 4), 1, 2), 9, 18) == GOLDEN_EPOCH
+    assert take(Order((3, 2, 4), 1, 2, source=0), 9, 18) == GOLDEN_EPOCH
+    assert take(Order((3, 2, 4), 1, 2, source=1), 9, 18) == GOLDEN_SOURCE
+    assert [Order((3, 2, 4), 1, 2).replacement(5, attempt) for attempt in (1, 2, 3)] == GOLDEN_REPLACEMENTS
+
+
+def test_replacements_are_any_samples_and_depend_on_seed_position_attempt_and_source() -> None:
+    order = Order(SIZES, 3, 2)
+    drawn = [order.replacement(position, attempt) for position in range(300) for attempt in (1, 2)]
+    assert set(drawn) == {(shard, sample) for shard, size in enumerate(SIZES) for sample in range(size)}
+    again = Order(SIZES, 3, 2)
+    assert [again.replacement(p, a) for p in reversed(range(300)) for a in (2, 1)] == drawn[::-1]
+    for other in (Order(SIZES, 4, 2), Order(SIZES, 3, 2, source=1)):
+        assert [other.replacement(position, 1) for position in range(300)] != drawn[::2]
+    assert drawn[::2] != drawn[1::2]
 
 
 def test_samples_mix_within_a_window_of_shards_and_not_beyond() -> None:

@@ -12,7 +12,16 @@ import pytest
 import webdataset
 
 from cluster.manifest import FolderError
-from data_pipeline.shards import Sample, ShardError, is_finished, open_shard, plain_key, read_foreign, write_shard
+from data_pipeline.shards import (
+    Sample,
+    ShardError,
+    is_finished,
+    open_shard,
+    plain_key,
+    read_foreign,
+    shown,
+    write_shard,
+)
 from tests.pairs import pair_members, write_tar
 
 SAMPLES = [Sample(f"k{n}", {"png": os.urandom(700 * n), "txt": f"text {n}".encode(), "json": b"{}"}) for n in range(4)]
@@ -187,6 +196,30 @@ def test_folders_are_passed_and_an_ending_that_repeats_begins_a_new_sample(tmp_p
         Sample("./x/a", {"txt": b"T", "png": b"g"}),
         Sample("./x/a", {"txt": b"t", "seg.png": b"g"}),
     ]
+
+
+def test_a_caption_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", [Sample("k0", {"png": b""}), Sample("k1", {"txt": b"\xff"})])
+    assert shard is not None
+    with pytest.raises(ShardError, match=r"a\.tar: sample k0 has no txt, only png"):
+        shard.read_text(0)
+    with pytest.raises(ShardError, match=r"a\.tar: sample k1 has a txt that is not UTF-8 \(invalid start byte\)"):
+        shard.read_text(1)
+
+
+def test_a_shard_is_open_for_as_long_as_its_reader_wants(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.tar", SAMPLES)
+    assert shard is not None
+    with shard.open() as file:
+        shard.path.unlink()
+        at, n = shard.places[2]["txt"]
+        file.seek(at)
+        assert file.read(n) == b"text 2"
+
+
+def test_names_are_shown_on_one_line_and_plain_ones_as_they_are() -> None:
+    assert shown(Path("a b/\u732b.tar")) == "a b/\u732b.tar"
+    assert shown("a\nb\x1b[2J\u2028\x9b\udcff") == r"a\nb\x1b[2J\u2028\x9b\udcff"
 
 
 def test_any_name_becomes_a_key_that_webdataset_reads(tmp_path: Path) -> None:

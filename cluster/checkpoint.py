@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.manifest import file_digest, write_bytes, write_json
+from cluster.manifest import FolderError, file_digest, write_bytes, write_json
 from cluster.process import Place, largest_of
 from cluster.snapshot import SnapshotWriter, first_line
 
@@ -235,6 +236,30 @@ def verify(folder: Path, share: int = 0, n_shares: int = 1) -> str | None:
         if path.stat().st_size != n_bytes or (number % n_shares == share and file_digest(path) != digest):
             return f"{name} was cut or changed"
     return None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that verified: its folder, and what was said of it when it was saved."""
+
+    step: int
+    folder: Path
+    about: dict[str, Any]
+
+
+def find_checkpoint(run: Path, step: int = -1) -> Checkpoint:
+    """A run's checkpoint of that step, or (-1) the newest, if it verifies; FolderError if there is none."""
+    found = found_in(run / "checkpoints")
+    for number, folder in reversed(found):
+        if step not in (-1, number):
+            continue
+        problem = verify(folder)
+        if problem is None:
+            return Checkpoint(number, folder, about_of(folder))
+        print(f"smalti: passing over {folder}: {problem}", file=sys.stderr)
+    steps = ", ".join(str(number) for number, _ in found) or "none"
+    asked = f"no checkpoint of step {step} that verifies" if step >= 0 else "no checkpoint that verifies"
+    raise FolderError(f"{run / 'checkpoints'} holds {asked} (steps there: {steps})")
 
 
 def about_of(folder: Path) -> dict[str, Any]:

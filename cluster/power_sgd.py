@@ -32,6 +32,10 @@ from cluster.topology import Seat
 
 Format = Literal["fp32", "bf16", "1-6-9"]
 
+# Updates in a row whose factors overflowed after which error buffers are given up: finite buffers are kept (E.2),
+# but what they hold is in the next factors too, so that these would overflow for ever.
+MOST_OVERFLOWS = 3
+
 
 @dataclass(frozen=True)
 class PowerSGDConfig:
@@ -160,6 +164,7 @@ class PowerSGD:
         """SettingError if no codec was handed in for a format that the settings name."""
         self.config, self.seat, self.arithmetic, self.device, self.seed = config, seat, arithmetic, device, seed
         self.step = 0
+        self._overflows = 0  # updates in a row
         self._mean = ReplicaMean(seat)
         self._errors: dict[str, Tensor] = {}
         self._starts: dict[str, Tensor] = {}
@@ -216,6 +221,7 @@ class PowerSGD:
         overflowed, not_finite = flags.tolist()
         norm = math.inf if overflowed or not_finite else self._squared_norm.item()
         self._factors_finite = not overflowed
+        self._overflows = self._overflows + 1 if overflowed else 0
         return Decision(norm, not not_finite, not overflowed)
 
     def apply(self) -> None:
@@ -233,13 +239,15 @@ class PowerSGD:
         """End an update that changed no weights (E.2): its gradients are dropped as those of any skipped update.
 
         What the factors hold leaves the error buffers; where factors were not finite they cannot be trusted, and
-        every buffer stays as it is, or becomes zero if it is not finite itself. Zeroing often harms training.
+        every buffer stays as it is, or becomes zero if it is not finite itself, or at the MOST_OVERFLOWS-th time
+        in a row. Zeroing often harms training.
         """
+        gives_up = self._overflows >= MOST_OVERFLOWS
         for one in self._sent:
             error = self._errors[one.name]
             if self._factors_finite:
                 self._feed_back(one.name, *one.factors(), out=one.gradient)
-            elif not bool(self._storage.decode(error).isfinite().all()):
+            elif gives_up or not bool(self._storage.decode(error).isfinite().all()):
                 error.zero_()
         self.finish(keep_starts=True)
 
@@ -270,11 +278,12 @@ class PowerSGD:
                 errors[name] = total.cpu()
             error.copy_(self._share(total))
         starts = {name: start.cpu() for name, start in self._starts.items()} if self.config.start == "warm" else {}
-        return {"step": self.step, "errors": errors, "starts": starts if writes else {}}
+        counts = {"step": self.step, "overflows": self._overflows}
+        return counts | {"errors": errors, "starts": starts if writes else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replica 0's `state_dict`, on every replica of the same shard; another number of replicas is fine."""
-        self.step = int(state["step"])
+        self.step, self._overflows = int(state["step"]), int(state["overflows"])
         self._errors = {name: self._share(total.to(self.device)) for name, total in state["errors"].items()}
         self._starts = {name: start.to(self.device) for name, start in state["starts"].items()}
         self._begin()

@@ -41,14 +41,9 @@ class RunConfig:
 
 # settings that change how a run is watched or where it lies, never what it computes
 FREE = (
-    "out",
-    "activation_checkpointing",
-    "zero_stage",
-    "offload_optimizer",
-    "offload_activations",
-    "cache",
+    "out", "dry_run", "cache", "activation_checkpointing", "zero_stage", "offload_optimizer", "offload_activations",
     *(field.name for field in fields(RunConfig)),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class SnapshotWriter:
             self._taken.append((Path(path), self._copied(state_dict)))
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-        except (RuntimeError, MemoryError) as error:
-            self.problem = f"{path} cannot be copied to the host's memory: {first_line(error)}"
+        except Exception as error:  # see the class
+            self.problem = f"{path} cannot be copied into memory: {first_line(error)}"
         finally:
             self._met = {}
 

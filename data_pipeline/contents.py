@@ -3,13 +3,14 @@
 import io
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from data_pipeline.captions import CAPTION_ENDINGS
-from data_pipeline.images import IMAGE_ENDINGS, square
+from data_pipeline.images import IMAGE_ENDINGS, planes, square
 from data_pipeline.shards import Sample, ShardError, shown
 
 MOST_CAPTION_BYTES = 1 << 16  # no caption is so long
@@ -18,10 +19,19 @@ MAGIC = b"\x93NUMPY\x01\x00"  # version 1.0: two bytes of length, then the heade
 
 def picture_of(sample: Sample, side: int) -> np.ndarray:
     """(side, side, 3) uint8 picture of an images/ sample; ShardError if it has none that can be decoded."""
+    return _decoded(sample, lambda data: square(data, side))
+
+
+def planes_of(sample: Sample, side: int) -> np.ndarray:
+    """As `picture_of`, as (3, side, side)."""
+    return _decoded(sample, lambda data: planes(data, side))
+
+
+def _decoded(sample: Sample, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
     for ending in IMAGE_ENDINGS:
         if ending in sample.files:
             try:
-                return square(sample.files[ending], side)
+                return decode(sample.files[ending])
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise whatever their library does on bad bytes

@@ -90,6 +90,16 @@ def square(data: bytes, side: int) -> np.ndarray:
 
     ImageProblem, before the pixels are decoded, if there are more than MAX_PIXELS of them.
     """
+    return np.asarray(_squared(data, side))
+
+
+def planes(data: bytes, side: int) -> np.ndarray:
+    """What `square` gives, as (3, side, side): cheaper than turning it round later."""
+    rows = np.frombuffer(_squared(data, side).tobytes("raw", "RGB;L"), np.uint8)  # of a row all reds, greens, blues
+    return rows.reshape(side, 3, side).transpose(1, 0, 2)
+
+
+def _squared(data: bytes, side: int) -> Image.Image:
     image = _header(data, MAX_PIXELS)
     if image.mode != "RGB" or "exif" in image.info or "transparency" in image.info:  # no picture of ours
         image = decode(data, MAX_PIXELS)
@@ -99,4 +109,4 @@ def square(data: bytes, side: int) -> np.ndarray:
         image = image.crop((left, top, left + shorter, top + shorter))
     if shorter != side:
         image = image.resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+    return image

@@ -20,7 +20,8 @@ from cluster.ledger import Bad, Seen, digest_of
 from cluster.settings import SettingError, require_at_least_one, setting
 from data_pipeline.bad_samples import usable_sample
 from data_pipeline.bpe import Vocabulary
-from data_pipeline.contents import Codes, caption_of, picture_of
+from data_pipeline.buffers import Buffers
+from data_pipeline.contents import Codes, caption_of, picture_of, planes_of
 from data_pipeline.draws import Draws
 from data_pipeline.folders import Shards
 from data_pipeline.mixture import order_of
@@ -28,6 +29,7 @@ from data_pipeline.open_files import MOST_OPEN
 from data_pipeline.order import CROP, DROPOUT, EMPTY, FLIP
 from data_pipeline.shards import Sample
 
+BRIGHTEST = np.float32(255)
 PAD = -1  # id of a text slot that holds no token
 
 
@@ -170,18 +172,19 @@ class ImageBatches(Batches[ImageBatch]):
     ) -> None:
         super().__init__(shards, config, rank, world_size)
         self.side, self.flip = side, flip
+        self._buffers = Buffers(config.readers + 2)  # those read ahead, the one in use and the one before it
 
     def collate(self, positions: range) -> ImageBatch:
         flips = Draws(self.config.seed, FLIP, positions)
-        pixels = torch.empty(len(positions), 3, self.side, self.side)
-        planes = np.empty((3, self.side, self.side), np.uint8)
+        pixels = self._buffers.empty((len(positions), 3, self.side, self.side))
+        numbers = pixels.numpy()
 
         def make(sample: Sample, position: int) -> str:
-            caption, picture = caption_of(sample), picture_of(sample, self.side)
+            caption = caption_of(sample)
+            planes = planes_of(sample, self.side)
             if self.flip and flips.at(position).random() < 0.5:
-                picture = picture[:, ::-1]
-            np.copyto(planes, picture.transpose(2, 0, 1))
-            pixels[positions.index(position)].copy_(torch.from_numpy(planes)).div_(255)  # while it is in the cache
+                planes = planes[:, :, ::-1]
+            np.divide(planes, BRIGHTEST, out=numbers[positions.index(position)])
             return caption
 
         captions, keys, seen = self.usable(positions, make)

@@ -20,6 +20,9 @@ VERBS = {
     "sample": "pretrain.sample",
     "rerank": "pretrain.rerank",
     "checkpoint": "cluster.inspect_checkpoints",
+    "checkpoint export": "pretrain.export",
+    "checkpoint diff": "pretrain.checkpoint_diff",
+    "ledger": "data_pipeline.proof",
     "plot": "pretrain.plot",
     "demo": "pretrain.demo",
 }

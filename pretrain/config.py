@@ -36,22 +36,28 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule. The paper's values where it states them (B.2)."""
+class AdamConfig:
+    """AdamW, clipping, and a step size that ramps up and goes down a cosine."""
 
     lr: float = setting(4.5e-4, "peak step size (the paper: 4.5e-4)")
     warmup_steps: int = setting(100, "linear ramp to the peak (the paper: 5000)")
-    schedule: Literal["cosine", "constant", "plateau"] = setting("cosine", "after the ramp (the paper: plateau)")
     final_lr: float = setting(0.1, "cosine: fraction of the peak that it ends at")
-    halvings: int = setting(5, "plateau: times the step size is halved (the paper: 5)")
-    plateau_window: int = setting(1000, "plateau: updates whose losses are averaged")
-    plateau_patience: int = setting(10, "plateau: windows without a better mean before a halving")
-    plateau_threshold: float = setting(0.002, "plateau: what share of the loss counts as better")
     beta1: float = setting(0.9, "decay of the mean")
     beta2: float = setting(0.96, "decay of the variance (the paper: 0.96)")
     eps: float = setting(1e-8, "added to the root of the variance")
     weight_decay: float = setting(4.5e-2, "on matrices, not on gains, biases or embeddings (the paper: 4.5e-2)")
     clip: float = setting(4.0, "global gradient norm (the paper: 4)")
+
+
+@dataclass(frozen=True)
+class OptimConfig(AdamConfig):
+    """The transformer's optimiser. The paper's values where it states them (Ramesh et al. 2021, B.2)."""
+
+    schedule: Literal["cosine", "constant", "plateau"] = setting("cosine", "after the ramp (the paper: plateau)")
+    halvings: int = setting(5, "plateau: times the step size is halved (the paper: 5)")
+    plateau_window: int = setting(1000, "plateau: updates whose losses are averaged")
+    plateau_patience: int = setting(10, "plateau: windows without a better mean before a halving")
+    plateau_threshold: float = setting(0.002, "plateau: what share of the loss counts as better")
     moments: Literal["fp32", "bf16", "16-bit"] = setting(
         "fp32", "how resblocks' matrices keep theirs; 16-bit: 1-6-9 for means, 0-6-10 for variances (the paper)"
     )
@@ -67,6 +73,7 @@ class TrainConfig(RunConfig):
     tokens: str = setting("data/tokens", "token shards, from `smalti tokenise`; several folders with :: between")
     vocab: str = setting("data/vocab", "the BPE, from `smalti preprocess`")
     out: str = setting("runs/train", "run folder to write")
+    dry_run: bool = setting(False, "show parameters, shards, memory and DeepSpeed's settings of the run, and stop")
     n_steps: int = setting(1000, "updates")
     seed: int = setting(0, "decides the initial weights")
     precision: Precision = setting(
@@ -158,7 +165,7 @@ class ScorerTrainConfig(RunConfig):
     bpe_dropout: float = setting(0.1, "chance to skip a BPE merge in training")
     evaluate_every: int = setting(100, "steps between held-out measurements")
     model: ScorerConfig = section(ScorerConfig)
-    optim: OptimConfig = section(OptimConfig)
+    optim: AdamConfig = section(AdamConfig)
     data: LoaderConfig = section(LoaderConfig)
 
     def __post_init__(self) -> None:

@@ -100,6 +100,17 @@ class EngineFiles:
         """What the caller gave DeepSpeed to keep as `client_state` (of rank 0)."""
         return {key: value for key, value in self.model.items() if key not in ENGINE_KEYS}
 
+    def refuse_others(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """FolderError unless the parameters have these names and shapes."""
+        found = {name: span.shape for name, span in self.spans.items()}
+        wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if wrong:
+            first = f"{wrong[0]} is {found.get(wrong[0], 'missing')} there and {wanted.get(wrong[0], 'missing')} here"
+            raise FolderError(
+                f"{self.folder} does not fit the model in {len(wrong)} parameters ({first}): "
+                "it is of another model, or another version of smalti wrote it"
+            )
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.spans[name].shape
 

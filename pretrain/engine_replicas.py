@@ -87,4 +87,4 @@ def restore_errors(power: PowerSGD, folder: Path, n_shards: int) -> None:
         if len(whole) % (size * len(names)) == 0:
             parts = whole.chunk(size)[index].chunk(len(names))
             errors |= dict(zip(names, parts, strict=True))
-    power.load_state_dict({"step": states[0]["step"], "errors": errors, "starts": {}})
+    power.load_state_dict(states[0] | {"errors": errors, "starts": {}})

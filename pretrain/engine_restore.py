@@ -39,7 +39,7 @@ def restore(engine: Any, names: Mapping[int, str], files: EngineFiles) -> None:
     if is_stage_3:
         optimizer.checkpoint_event_prologue()
     groups = _groups(optimizer)
-    _refuse_others({names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for group, _ in groups for p in group}, files)
+    files.refuse_others({names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for group, _ in groups for p in group})
     is_fused = bool(optimizer.optimizer.defaults.get("fused"))
     with torch.no_grad():
         for group, master in groups:
@@ -118,14 +118,6 @@ def _publish(optimizer: Any, is_stage_3: bool) -> None:
     else:
         optimizer.update_lp_params()
         optimizer._hp_optimizer_states_linked = False  # to the states that were there before
-
-
-def _refuse_others(wanted: dict[str, tuple[int, ...]], files: EngineFiles) -> None:
-    found = {name: files.shape(name) for name in files.names}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if wrong:
-        first = f"{wrong[0]} is {found.get(wrong[0], 'missing')} there and {wanted.get(wrong[0], 'missing')} here"
-        raise FolderError(f"{files.folder} does not fit the model in {len(wrong)} parameters ({first})")
 
 
 def _nothing(folder: str) -> None:

@@ -1,11 +1,9 @@
-"""Which parameters are updated together, which of them decay, and the step size at each step."""
+"""Which parameters are updated together, and which of them decay."""
 
-import math
 from typing import Any
 
 from torch import nn
 
-from pretrain.config import OptimConfig
 from pretrain.model import Transformer
 
 REST = "rest"  # what lies outside all resblocks: embeddings, the last norm, heads
@@ -44,14 +42,6 @@ def resblock_groups(model: Transformer, weight_decay: float, moments: str) -> li
 def resblock_of(parameter: str, resblocks: list[str]) -> str:
     """The resblock that a parameter belongs to, by its name, or REST."""
     return next((block for block in resblocks if parameter.startswith(f"{block}.")), REST)
-
-
-def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
-    """Linear warm-up to the peak, then a cosine to final_lr of it at the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def _embeddings(model: nn.Module) -> set[int]:

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.config import OptimConfig
+from pretrain.config import AdamConfig, OptimConfig
 
 
 @dataclass
@@ -41,13 +41,12 @@ class Schedule:
         """The step size of update `step` (from 0), after all earlier ones were learnt from."""
         config = self.config
         if step < config.warmup_steps:
-            return config.lr * (step + 1) / config.warmup_steps
+            return cosine(config, step, self.n_steps)
         if config.schedule == "constant":
             return config.lr
         if config.schedule == "plateau":
             return config.lr * 0.5**self.plateau.halved
-        share = (step - config.warmup_steps) / max(1, self.n_steps - config.warmup_steps)
-        return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)
+        return cosine(config, step, self.n_steps)
 
     def learn(self, step: int, loss: float) -> None:
         """Take the training loss of update `step` into account; one that is not finite is passed over."""
@@ -74,3 +73,11 @@ class Schedule:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state; TypeError if it is none."""
         self.plateau = Plateau(**state)
+
+
+def cosine(config: AdamConfig, step: int, n_steps: int) -> float:
+    """Linear warm-up to the peak, then a cosine to final_lr of it at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * share)) / 2)

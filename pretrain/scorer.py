@@ -33,7 +33,8 @@ from kernels.attention import attention
 from kernels.layout import Layout, Sparsity
 from pretrain.config import ScorerConfig, ScorerTrainConfig, TransformerConfig
 from pretrain.model import Layer, Norm
-from pretrain.optim import decay_groups, learning_rate
+from pretrain.optim import decay_groups
+from pretrain.schedule import cosine
 
 FIRST_TEMPERATURE = 0.07  # CLIP section 2.5: logits start at cosine / 0.07
 MAX_SCALE = 100.0  # and are never scaled by more than 100
@@ -124,7 +125,7 @@ class Trainer:
         )
 
     def step(self, number: int, batch: ImageBatch) -> dict[str, float]:
-        lr = learning_rate(self.config.optim, number, self.config.n_steps)
+        lr = cosine(self.config.optim, number, self.config.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         random = counter_random(self.config.seed, DROPOUT, number)

@@ -302,4 +302,4 @@ def check_against_torch(seat: Seat) -> None:
                 n: part.view(-1, RANK).clone()
                 for n, part in zip(shapes, state.q_memory_dict[0].split(lengths), strict=True)
             }
-            ours.load_state_dict({"step": step, "errors": errors, "starts": starts})
+            ours.load_state_dict({"step": step, "overflows": 0, "errors": errors, "starts": starts})

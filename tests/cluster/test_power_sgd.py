@@ -241,7 +241,7 @@ def test_starts_differ_by_name_and_shard_and_a_fresh_one_by_update() -> None:
             same = torch.ones(8, 20).tril()
             power.compress(Block({"a": same, "b": same.clone()}, {}))
             found += [factor.p for factor in power.factors()]
-            power.load_state_dict({"step": power.step + 1, "errors": {}, "starts": {}})
+            power.load_state_dict({"step": power.step + 1, "overflows": 0, "errors": {}, "starts": {}})
         return found
 
     fixed, fresh = bases("fixed", ALONE), bases("fresh", ALONE)
@@ -254,7 +254,7 @@ def test_starts_differ_by_name_and_shard_and_a_fresh_one_by_update() -> None:
 
 def test_a_buffer_of_another_shard_is_refused() -> None:
     power = power_sgd(ALONE)
-    power.load_state_dict({"step": 5, "errors": {"wide": torch.zeros(24, 40)}, "starts": {}})
+    power.load_state_dict({"step": 5, "overflows": 0, "errors": {"wide": torch.zeros(24, 40)}, "starts": {}})
     with pytest.raises(ValueError, match=r"wide is \(24, 40\), its gradient \(12, 40\): .* another number of shards"):
         power.compress(block_of(0, 0))
 

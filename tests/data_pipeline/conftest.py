@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline import remote
 from data_pipeline.remote import CacheConfig
-from tests.fault_server import Server
+from tests.fetching import Server
 
 
 @pytest.fixture

@@ -176,6 +176,16 @@ def test_a_kept_index_is_not_followed_out_of_the_tar(tmp_path: Path) -> None:
     assert index_of(path, cache) == first
 
 
+def test_no_index_is_ever_seen_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is not yet under the name that others read."""
+    real, written = Path.write_bytes, []
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: (written.append(self.name), real(self, data))[1])
+    path = good_tar(tmp_path / "a.tar")
+    index_of(path, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert written and kept.name not in written
+
+
 RACE = "import sys; from pathlib import Path; from data_pipeline.foreign import open_foreign\n" + (
     "print(sum(len(shard.read(0).files) for shard in open_foreign(sys.argv[1], Path(sys.argv[2]))))"
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.images import ImageProblem, decode, encode, shrink, square
+from data_pipeline.images import ImageProblem, decode, encode, planes, shrink, square
 from tests.pairs import encoded, picture
 
 
@@ -129,3 +129,11 @@ def test_square_is_the_middle_of_the_picture() -> None:
     image.paste("red", (10, 0, 20, 10))
     assert (square(encoded(image, "png"), 10) == [255, 0, 0]).all()
     assert (square(encoded(image.transpose(Image.Transpose.ROTATE_90), "png"), 5) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("size", [(12, 12), (17, 9), (9, 30)])
+def test_planes_are_the_square_with_its_colours_apart(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    data = encoded(Image.fromarray(pixels), "png")
+    for side in (9, 12):
+        assert (planes(data, side) == square(data, side).transpose(2, 0, 1)).all()

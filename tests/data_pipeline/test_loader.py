@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cluster.manifest import FolderError, write_manifest
 from cluster.settings import SettingError
@@ -189,7 +190,7 @@ def test_pictures_come_with_their_captions_and_a_mirror_changes_no_order(data: P
 
 def test_about_half_of_the_pictures_are_mirrored_left_to_right(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = np.broadcast_to(np.arange(8, dtype=np.uint8)[None, :, None], (8, 8, 3))
-    monkeypatch.setattr("data_pipeline.contents.square", lambda data, side: ramp)
+    monkeypatch.setattr("data_pipeline.images._squared", lambda data, side: Image.fromarray(ramp))
     batches = ImageBatches(Shards(data / "images", "images", "train"), LoaderConfig(batch=64), 8, flip=True)
     pixels = (batches.read(0).pixels * 255).round().to(torch.uint8)
     plain = torch.from_numpy(ramp.copy()).permute(2, 0, 1)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,10 @@ from data_pipeline.remote import CacheConfig, RemoteError, find_tars
 from data_pipeline.remote_cache import RemoteFile
 from data_pipeline.shards import ShardError, read_foreign
 from data_pipeline.sources import find_parts, read_part
-from tests.fault_server import Server
+from tests.fetching import Server, cached, content
 from tests.pairs import make_pairs, pair_members, write_tar
 
 TIMEOUT = 100  # seconds, for processes of a test that should need two
-
-
-def cached(cache: CacheConfig) -> list[str]:
-    """Names of the files in the cache, without the digest before them."""
-    return sorted(path.name.partition("-")[2] for path in (Path(cache.folder) / "files").iterdir())
-
-
-def content(file: RemoteFile) -> bytes:
-    with file.open() as opened:
-        return opened.read()
 
 
 @pytest.mark.parametrize("fault", [503, 429, "drop", "cut"])
@@ -87,6 +78,17 @@ def test_pairs_by_url_come_out_of_preprocess_as_from_the_disk(
     assert len(list((tmp_path / ".cache" / "smalti" / "files").iterdir())) == 3
 
 
+def test_the_next_tar_is_fetched_while_one_is_read(server: Server, cache: CacheConfig) -> None:
+    for n in range(3):
+        write_tar(server.folder / f"{n}.tar", pair_members(range(n, n + 1)))
+    part = find_parts(f"{server.url}/{{0..2}}.tar", 5, "train", cache)[0]
+    next(read_part(part))
+    deadline = time.monotonic() + TIMEOUT
+    while cached(cache) != ["0.tar", "1.tar"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.asked == {"/0.tar": 1, "/1.tar": 1}
+
+
 def test_damage_of_a_remote_tar_is_named_by_its_url(server: Server, cache: CacheConfig) -> None:
     url = server.write("a.tar", b"<html>")
     (part,) = find_parts(url, 5, "train", cache)
@@ -136,9 +138,12 @@ def test_a_password_or_signature_in_a_url_is_not_printed(server: Server, cache: 
     assert "secret" not in str(caught.value) and f"http://{host}/a.tar?..." in str(caught.value)
 
 
-def test_fsspec_is_loaded_at_first_use_and_not_for_http(server: Server, cache: CacheConfig) -> None:
+def test_fsspec_is_loaded_at_first_use_and_not_for_http(server: Server) -> None:
     url = server.write("a.tar", b"x")
-    words = [sys.executable, "-W", "ignore", "-c", FETCH + "\nprint('fsspec' in sys.modules)", url, cache.folder]
+    fetch = "import sys; from data_pipeline.remote import CacheConfig, fetch_bytes\n" + (
+        "print(len(fetch_bytes(sys.argv[1], CacheConfig())), 'fsspec' in sys.modules)"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", fetch, url]
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, check=True)
     assert done.stdout.split() == ["1", "False"]
 

@@ -16,21 +16,11 @@ from cluster.manifest import FolderError, file_digest
 from cluster.settings import SettingError
 from data_pipeline import remote_cache
 from data_pipeline.remote import CacheConfig, RemoteError
-from data_pipeline.remote_cache import RemoteFile, RemoteFolder
+from data_pipeline.remote_cache import RemoteFile, RemoteFolder, write_whole
 from data_pipeline.shards import ShardError, open_shard
-from tests.fault_server import Server
+from tests.fetching import Server, cached, content
 
 TIMEOUT = 100  # seconds, for processes of a test that should need two
-
-
-def cached(cache: CacheConfig) -> list[str]:
-    """Names of the files in the cache, without the digest before them."""
-    return sorted(path.name.partition("-")[2] for path in (Path(cache.folder) / "files").iterdir())
-
-
-def content(file: RemoteFile) -> bytes:
-    with file.open() as opened:
-        return opened.read()
 
 
 def test_a_file_is_fetched_once_and_kept_whole(server: Server, cache: CacheConfig) -> None:
@@ -102,9 +92,41 @@ def test_a_file_larger_than_the_cache_names_the_setting(server: Server, cache: C
             CacheConfig(**wrong)  # type: ignore[arg-type]
 
 
+def test_an_answer_without_length_is_bounded_and_makes_room_too(server: Server, cache: CacheConfig) -> None:
+    small = CacheConfig(folder=cache.folder, gb=3_500 / 1e9)
+    urls = [server.write(f"{n}.tar", bytes([n]) * 2000) for n in range(2)]
+    for url in urls:
+        server.faults = ["no length"]
+        content(RemoteFile(url, small))
+    assert cached(cache) == ["1.tar"]
+    server.faults = ["endless"]
+    with pytest.raises(RemoteError, match=r"2\.tar is larger than the whole cache"):
+        content(RemoteFile(f"{server.url}/2.tar", small))
+    server.faults = ["endless"] * 2
+    with pytest.raises(ShardError, match=r"2\.tar: it has .* bytes, its manifest says 2000, twice"):
+        content(RemoteFile(f"{server.url}/2.tar", cache, 2000, "0" * 64))
+    assert cached(cache) == ["1.tar"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second writes its whole file while the first has not yet put its own in place."""
+    real, path = Path.write_bytes, tmp_path / "a.json"
+    others = [b"second" * 1000]
+
+    def write_bytes(self: Path, data: bytes) -> int:
+        n_bytes = real(self, data)
+        while others:
+            write_whole(path, others.pop())
+        return n_bytes
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    write_whole(path, b"first" * 900)
+    assert path.read_bytes() == b"first" * 900 and list(tmp_path.iterdir()) == [path]
+
+
 FETCH = (
     "import sys; from data_pipeline.remote_cache import RemoteFile; from data_pipeline.remote import CacheConfig\n"
-    + ("print(len(RemoteFile(sys.argv[1], CacheConfig(folder=sys.argv[2])).open().read()))")
+    "print(len(RemoteFile(sys.argv[1], CacheConfig(folder=sys.argv[2])).open().read()))"
 )
 
 

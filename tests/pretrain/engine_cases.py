@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from cluster.power_sgd import PowerSGDConfig
 from cluster.process import Place, joined_place
@@ -23,6 +22,7 @@ from pretrain.config import OptimConfig, TrainConfig, TransformerConfig
 from pretrain.engine import Engine
 from pretrain.engine_update import Update
 from pretrain.model import Sizes
+from pretrain.optim import resblock_of
 
 SIZES = Sizes(text_vocab=24, codebook=16, grid=4)
 MODEL = TransformerConfig(n_text=8, n_layers=4, n_heads=2, d_head=16, conv_kernel=3)
@@ -118,25 +118,26 @@ def batch_of(step: int, rank: int = 0, world_size: int = 1) -> TokenBatch:
 
 def run(case: Case, place: Place, folder: Path) -> dict[str, Any]:
     engine = Engine(config_of(case), SIZES, place)
+    owners = [resblock_of(names[0], engine._settlement.blocks) for names in engine._shards.group_names]
     updates: list[Update] = []
-    before: Tensor = torch.empty(0)
-    stood_still: list[bool] = []
+    moved: list[list[str]] = []
     for step in range(STEPS):
         case.befalls(engine, step)
+        before = [master.detach().clone() for master in engine._shards.masters]
         updates.append(engine.step(step, batch_of(step, place.rank, place.world_size)))
-        after = torch.cat([master.detach().clone().cpu() for master in engine._shards.masters])
-        stood_still.append(torch.equal(before, after))
-        before = after
+        pairs = zip(owners, before, engine._shards.masters, strict=True)
+        moved.append(sorted({owner for owner, old, new in pairs if not torch.equal(old, new)}))
     folder.mkdir(exist_ok=True)
     engine.release(folder)
     return {
         "values": [update.values for update in updates],
         "applied": [update.applied for update in updates],
         "left_out": [update.left_out for update in updates],
-        "stood_still": stood_still,
+        "moved": moved,
+        "stood_still": [not names for names in moved],
         "weights": load_file(folder / WEIGHTS) if place.is_main else {},
         "bytes": engine._replicas.bytes_sent if engine._replicas else 0,
-        "largest_shard": max(len(master) for master in engine._shards.masters),
+        "n_weights": sum(len(master) for master in engine._shards.masters),
     }
 
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed job for test_engine_files.py and test_engine_restore.py: `torchrun ... engine_job.py FOLDER`.
+"""A DeepSpeed job for test_engine_files.py: `torchrun --nproc-per-node 4 engine_job.py FOLDER`.
 
 Four ranks, as one shard group, as two with replicas, and each for itself; every layout saves a small model, and every
 layout restores what every other one saved. What each case gave is told in FOLDER/cases.json by rank 0.
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from cluster.checkpoint import Checkpoints
 from cluster.process import Place, joined_place
-from pretrain.engine_files import AVERAGE, EngineFiles
-from pretrain.engine_restore import restore, save_through
+from pretrain.engine_files import AVERAGE, EngineFiles, average_path
+from pretrain.engine_restore import restore, restore_average, save_through
 
 STAGES, SHARDS = (1, 2, 3), (1, 2, 4)
 WIDTH = 32
@@ -201,8 +201,7 @@ class Job:
             if not by_deepspeed:
                 rank = self.place.rank % shards
                 averages = [-master.detach() for master in masters_of(engine)]
-                path = into / tag / f"zero_pp_rank_{rank}_mp_rank_00_average_states.pt"
-                checkpoints.writer.save({"groups": averages}, str(path))
+                checkpoints.writer.save({"groups": averages}, str(average_path(into / tag, rank)))
 
         began = checkpoints.save(3, {}, write, background=True)
         with torch.no_grad():
@@ -256,9 +255,13 @@ class Job:
                 restore(engine, names_of(engine), EngineFiles(saved))
                 case = f"{name} -> stage {stage} on {shards}"
                 wrong = differences(whole_state(engine), want)
+                averages = restore_average(engine, names_of(engine), EngineFiles(saved))
+                pairs = zip(averages, masters_of(engine), strict=True)
+                wrong += [] if all(torch.equal(average, -master) for average, master in pairs) else ["average"]
                 wrong += [] if set(steps_of(engine)) == {3.0} and engine.global_steps == 3 else ["step counts"]
                 self.tell("restore", case, wrong)
-                gap = max(abs(a - b) / b for a, b in zip(train(engine, self.place, shards, range(3, 5)), losses))
+                now = train(engine, self.place, shards, range(3, 5))
+                gap = max(abs(a - b) / b for a, b in zip(now, losses, strict=True))
                 self.tell("goes on", case, [f"{gap:.1e}"] if gap > BF16_SUMS else [])
 
     def skips(self, stage: int) -> None:

@@ -1,4 +1,4 @@
-"""A web server on this machine whose next answers can be told to go wrong."""
+"""What tests of fetching need: a server whose answers can be told to go wrong, and looks into the cache."""
 
 import contextlib
 import http.server
@@ -7,6 +7,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.remote import CacheConfig
+from data_pipeline.remote_cache import RemoteFile
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -29,7 +32,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Answer(http.server.SimpleHTTPRequestHandler):
-    """A file, or the fault that is next in line: a status, a cut body, another body, a dropped connection."""
+    """A file, or the fault that is next in line: a status, a body that is cut, endless, another, or without its
+    length, a dropped connection."""
 
     server: Server
 
@@ -47,6 +51,16 @@ class Answer(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: len(data) // 2])
+        elif fault == "endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+        elif fault == "no length":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write((self.server.folder / self.path[1:]).read_bytes())
         elif isinstance(fault, bytes):
             self.send_response(200)
             self.send_header("Content-Length", str(len(fault)))
@@ -58,3 +72,13 @@ class Answer(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *words: Any) -> None:
         pass
+
+
+def cached(cache: CacheConfig) -> list[str]:
+    """Names of the files in the cache, without the digest before them."""
+    return sorted(path.name.partition("-")[2] for path in (Path(cache.folder) / "files").iterdir())
+
+
+def content(file: RemoteFile) -> bytes:
+    with file.open() as opened:
+        return opened.read()

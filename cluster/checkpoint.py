@@ -27,6 +27,7 @@ from cluster.snapshot import SnapshotWriter, first_line
 SEAL = "smalti_manifest.json"
 REPLACED = ".old"  # of a folder that one of the same step is about to replace
 PATIENCE_SECONDS = 600.0  # that rank 0 waits for the notes of the others when it has written its own files
+PATIENCE_AT_END_SECONDS = 5.0  # and after an error has ended its training: a rank that is lost leaves no note
 _STEP = re.compile(rf"global_step(\d+)({re.escape(REPLACED)})?")
 
 
@@ -167,9 +168,11 @@ class Checkpoints:
         while missing := self.writers - notes.keys():
             names = set(os.listdir(self._part))  # one call for all, and one that a shared file system answers afresh
             here = [rank for rank in missing if self._note(rank).name in names]
+            if not threading.main_thread().is_alive():
+                until = min(until, time.monotonic() + PATIENCE_AT_END_SECONDS)
             notes |= {rank: json.loads(self._note(rank).read_text()) for rank in here}
             if not here and time.monotonic() > until:
-                silence = f"no word in {PATIENCE_SECONDS:.0f} s; does it see this folder?"
+                silence = "no word for too long; is it lost, or does it not see this folder?"
                 return notes | {rank: {"problem": silence} for rank in missing}
             if not here:
                 time.sleep(pause)

@@ -79,8 +79,16 @@ def run_command(command: Command, words: list[str]) -> int:
     return 0
 
 
+def shown(name: object) -> str:
+    """A path or a name as it may be printed: on one line, with what would steer a terminal escaped."""
+    text = str(name)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _fail(verb: str, line: str, code: int, every_rank: bool = False) -> int:
     """Say the line once: what all ranks find alike (settings, folders, Ctrl-C) only rank 0 says."""
     if every_rank or launched_rank() == 0:
-        print(f"smalti {verb}: {line}", file=sys.stderr)
+        print(f"smalti {verb}: {shown(line)}", file=sys.stderr)
     return code

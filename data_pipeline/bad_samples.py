@@ -8,6 +8,7 @@ import errno
 from collections.abc import Callable
 from typing import TypeVar
 
+from cluster.command import shown
 from cluster.ledger import Bad
 from cluster.manifest import FolderError
 from cluster.settings import UserError
@@ -15,7 +16,8 @@ from data_pipeline.contents import reason_of
 from data_pipeline.folders import Shards
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import Order
-from data_pipeline.shards import Sample, ShardError, shown
+from data_pipeline.remote import RemoteError
+from data_pipeline.shards import Sample, ShardError
 
 GRACE = 10  # so many bad samples never stop a run, unless none is allowed
 MOST_IN_A_ROW = 64  # with half of all samples bad, chance reaches it once in 2^64 draws
@@ -37,6 +39,8 @@ def usable_sample(
         key = shard.keys[place[1]]
         try:
             return place, key, make(shards.read(place), position)
+        except RemoteError:  # the network is down, which says nothing of the data
+            raise
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
                 raise

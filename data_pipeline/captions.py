@@ -13,7 +13,7 @@ def find_caption(files: dict[str, bytes], json_field: str) -> str:
             return files[ending].decode("utf-8", errors="replace").strip()
     try:
         value = json.loads(files.get("json", b"{}")).get(json_field)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ""
     return value.strip() if isinstance(value, str) else ""
 

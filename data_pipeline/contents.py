@@ -9,9 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from cluster.command import shown
 from data_pipeline.captions import CAPTION_ENDINGS
 from data_pipeline.images import IMAGE_ENDINGS, planes, square
-from data_pipeline.shards import Sample, ShardError, shown
+from data_pipeline.shards import Sample, ShardError
 
 MOST_CAPTION_BYTES = 1 << 16  # no caption is so long
 MAGIC = b"\x93NUMPY\x01\x00"  # version 1.0: two bytes of length, then the header

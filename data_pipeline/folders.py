@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.command import shown
 from cluster.manifest import VERB_OF, FolderError, Manifest, check_files, read_manifest
 from cluster.settings import SettingError
 from data_pipeline.open_files import OpenFiles
 from data_pipeline.remote import CacheConfig, is_remote
 from data_pipeline.remote_cache import RemoteFolder
-from data_pipeline.shards import Sample, Shard, ShardError, open_shard, shown
+from data_pipeline.shards import Sample, Shard, ShardError, open_shard
 
 JOINT = "::"  # stands between folders that are read together, as in WebDataset's shard lists
 ADDED = ("train", "heldout", "captions_by_tokens")  # counts of folders that add up

@@ -10,10 +10,11 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cluster.command import shown
 from cluster.manifest import FolderError, Manifest, fingerprint_of
 from data_pipeline.remote import CacheConfig, plain
 from data_pipeline.remote_cache import RemoteFile, write_whole
-from data_pipeline.shards import Place, Shard, ShardError, checked_places, compression_of, plain_key, shown, walk
+from data_pipeline.shards import Place, Shard, ShardError, checked_places, compression_of, plain_key, walk
 from data_pipeline.sources import find_files, remote_tars
 
 FORMAT = 1  # raise it when a reader of the old form would misread the new one

@@ -24,10 +24,11 @@ from typing import Any, Literal
 from cluster.command import Command, run_command
 from cluster.manifest import FolderError, is_done, read_manifest, write_bytes, write_json, write_manifest
 from cluster.metrics import Progress
-from cluster.settings import SettingError, UserError, require_at_least_one, setting, to_dict
+from cluster.settings import SettingError, UserError, require_at_least_one, section, setting, to_dict
 from data_pipeline.bpe import learn_vocabulary
 from data_pipeline.captions import find_caption
 from data_pipeline.images import IMAGE_ENDINGS, ImageProblem, decode, encode, shrink
+from data_pipeline.remote import CacheConfig
 from data_pipeline.shards import Sample, ShardError, open_shard, plain_key, write_shard
 from data_pipeline.sources import Part, find_parts, fraction_of, read_part
 
@@ -51,6 +52,7 @@ class PreprocessConfig:
     samples_per_shard: int = setting(10_000, "for a folder of loose files; a tar gives one shard")
     vocab_size: int = setting(16_384, "entries of the BPE, 256 of them bytes (the paper: 16384)")
     workers: int = setting(1, "processes; the result does not depend on it")
+    cache: CacheConfig = section(CacheConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_fraction < 1:
@@ -76,16 +78,18 @@ def preprocess(config: PreprocessConfig) -> None:
 
 def image_settings(config: PreprocessConfig) -> dict[str, Any]:
     """What decides the bytes of images/: not where it lies, how fast it is made, or the vocabulary."""
-    return {key: value for key, value in to_dict(config).items() if key not in ("out", "workers", "vocab_size")}
+    return {
+        key: value for key, value in to_dict(config).items() if key not in ("out", "workers", "vocab_size", "cache")
+    }
 
 
 def convert(config: PreprocessConfig, out: Path, images: Path) -> None:
     """Source -> images/ and the report."""
     images.mkdir(parents=True, exist_ok=True)
     _remember(images / "settings.json", image_settings(config))
-    parts = find_parts(config.source, config.samples_per_shard, SPLITS[0])
+    parts = find_parts(config.source, config.samples_per_shard, SPLITS[0], config.cache)
     if config.heldout_source:
-        parts += find_parts(config.heldout_source, config.samples_per_shard, SPLITS[1])
+        parts += find_parts(config.heldout_source, config.samples_per_shard, SPLITS[1], config.cache)
     fates = _convert_all(parts, images, config)
     shards = {split: sorted(images.glob(f"{split}-*.tar")) for split in SPLITS}
     if not shards["train"]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.command import Command, run_command
+from cluster.command import Command, run_command, shown
 from cluster.ledger import NAME, digest_of, read_ledger
 from cluster.manifest import NAME as MANIFEST
 from cluster.manifest import FolderError
@@ -28,7 +28,6 @@ from data_pipeline.folders import Shards, open_folders
 from data_pipeline.mixture import Mixture, order_of
 from data_pipeline.order import Order
 from data_pipeline.remote import CacheConfig
-from data_pipeline.shards import shown
 
 KINDS = ("tokens", "images")  # settings of trainers that name shards, and what those hold
 MOST_SHOWN = 20

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 from urllib.error import URLError
 from urllib.parse import urlsplit
 
+from cluster.command import shown
 from cluster.manifest import FolderError
 from cluster.settings import SettingError, UserError, require_at_least_one, setting
-from data_pipeline.shards import TAR_ENDINGS, ShardError, shown
+from data_pipeline.shards import TAR_ENDINGS, ShardError
 
 CHUNK = 4 << 20
 MAX_INDEX_BYTES = 256 << 20  # a manifest or an index: text that is read into memory

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from cluster.command import shown
 from cluster.manifest import NAME as MANIFEST
 from cluster.manifest import FolderError, read_manifest
 from data_pipeline.remote import CHUNK, CacheConfig, DamageError, RemoteError, attempt, fetch_bytes, plain, source_of
-from data_pipeline.shards import Shard, ShardError, open_shard, shown
+from data_pipeline.shards import Shard, ShardError, open_shard
 
 DIGITS = 24  # of the sha256 that names a file of the cache
 _prefetching = threading.BoundedSemaphore(2)  # fetches ahead of use that run at once

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar, cast
 
+from cluster.command import shown
 from cluster.manifest import FolderError, file_digest, write_json
 from cluster.settings import UserError
 
@@ -96,14 +97,6 @@ class Shard:
                 name = shown(f"{self.keys[number]}.{ending}")
                 raise ShardError(f"{shown(self.path)} is shorter than its index says: {name} is cut")
         return files
-
-
-def shown(name: object) -> str:
-    """A path or a name as it may be printed: on one line, with what would steer a terminal escaped."""
-    text = str(name)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain_key(name: str) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.command import shown
 from cluster.manifest import FolderError
 from data_pipeline.images import IMAGE_ENDINGS
 from data_pipeline.remote import CacheConfig, find_tars, is_remote, is_tar, plain
 from data_pipeline.remote_cache import RemoteFile
-from data_pipeline.shards import SAMPLE_BYTES, TAR_ENDINGS, TEXT_BYTES, TEXT_ENDINGS, Sample, read_foreign, shown
+from data_pipeline.shards import SAMPLE_BYTES, TAR_ENDINGS, TEXT_BYTES, TEXT_ENDINGS, Sample, read_foreign
 
 EMBEDDED = Path(__file__).parent / "emoji"
 

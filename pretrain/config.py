@@ -92,7 +92,7 @@ class TrainConfig(RunConfig):
     zero_stage: int = setting(1, "DeepSpeed ZeRO shards: 1 optimiser states, 2 and gradients, 3 and weights")
     zero_shards: int = setting(
         0,
-        "processes that share one sharded copy of the state, as those of a node; other such groups hold replicas; 0: all",
+        "processes that share one copy of the state, as those of a node do; other such groups hold replicas; 0: all",
     )
     offload_optimizer: bool = setting(False, "optimiser states and their update on the CPU")
     offload_activations: bool = setting(False, "activations that activation_checkpointing keeps wait on the CPU")

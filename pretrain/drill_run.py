@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ class Layout:
     processes: int = 1
     zero_stage: int = 1
 
+    def __str__(self) -> str:
+        return f"{self.processes} x stage {self.zero_stage}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was cut off a shard: it has so many bytes when the batch of this step is read."""
+
+    file: str
+    n_bytes: int
+    step: int
+
 
 @dataclass
 class Strike:
@@ -56,12 +69,15 @@ class Strike:
     step: int = -1  # the last one that was logged
     how: str = ""
     exit: int | None = None  # code of the process, or of its launcher; negative: the signal
+    recovered: bool = False
     resumed_at: int | None = None
-    steps_lost: int | None = None  # of those that the newest sealed checkpoint has
+    steps_lost: int | None = None  # that the newest sealed checkpoint had, and were done again
     problem: str = ""
 
     def line(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value not in ("", None)}
+        """As it is printed; what is not known is left out."""
+        always = {"recovered": self.recovered and not self.problem, "steps_lost": self.steps_lost}
+        return {key: value for key, value in asdict(self).items() if value not in ("", None)} | always
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class Leg:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
         command = [sys.executable, "-u", *(launcher if processes > 1 else []), "-m", *program, *words]
         self.log, self.processes = log, processes
+        self.ranks: list[psutil.Process] = []
         self.until_when = time.monotonic() + LEG_SECONDS
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
@@ -113,21 +130,30 @@ class Leg:
             self.kill()
             raise NotSurvived(f"did not end in {seconds:.0f} s: {self.last_words()}") from None
 
-    def ranks(self) -> list[psutil.Process]:
-        """The processes that train, in the order in which they were started."""
+    def look_for_ranks(self) -> None:
+        """Fill `ranks`, once they have all been started."""
         me = psutil.Process(self.process.pid)
-        return sorted(me.children(), key=lambda child: child.pid) if self.processes > 1 else [me]
+        self.ranks = sorted(me.children(), key=lambda child: child.pid) if self.processes > 1 else [me]
+
+    def has_lost_a_rank(self) -> bool:
+        return len(self.ranks) < self.processes or any(not is_alive(rank) for rank in self.ranks)
+
+    def left_behind(self) -> list[psutil.Process]:
+        """Ranks that still live some moments after the launcher has ended."""
+        psutil.wait_procs(self.ranks, timeout=1.0)
+        return [rank for rank in self.ranks if is_alive(rank)]
 
     def kill(self) -> None:
         """SIGKILL to all of it; the launcher is stopped first, so that it neither starts nor ends others."""
-        if self.process.poll() is not None:
-            return
-        self.process.send_signal(signal.SIGSTOP)
-        family = psutil.Process(self.process.pid).children(recursive=True)
+        family = set(self.ranks)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGSTOP)
+            family |= set(psutil.Process(self.process.pid).children(recursive=True))
+            self.process.kill()
+            self.process.wait()
         for process in family:
-            process.kill()
-        self.process.kill()
-        self.process.wait()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(family, timeout=LEG_SECONDS)
 
     def last_words(self) -> str:
@@ -135,16 +161,23 @@ class Leg:
         return lines[-1] if lines else "it said nothing"
 
 
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class DrilledRun:
     """A run folder and the starts of the command that fill it."""
 
     def __init__(
-        self, folder: Path, words: list[str], n_steps: int, layout: Layout, accidents: Sequence[Accident] = ()
+        self, folder: Path, words: list[str], tokens: Path, layout: Layout, accidents: Sequence[Accident] = ()
     ) -> None:
-        """accidents: what befalls every start of it."""
-        folder.mkdir(parents=True)
-        self.folder, self.out = folder, folder / "run"
-        self.words, self.n_steps, self.layout, self.accidents = words, n_steps, layout, list(accidents)
+        """In a folder that is there. words: all but of `tokens`, `out` and `zero_stage`; accidents: what befalls every
+        start of it."""
+        self.folder, self.out, self.tokens = folder, folder / "run", tokens
+        self.words, self.layout, self.accidents = words, layout, list(accidents)
+        self.was_cut: Cut | None = None
         self.strikes: list[Strike] = []
         self.legs: list[Leg] = []
         self.must_say = ""  # by the next start
@@ -155,7 +188,7 @@ class DrilledRun:
         """The same command again; with more words or accidents, for this once."""
         self._sealed = self.sealed()
         layout = self.layout
-        words = [*self.words, f"out={self.out}", f"zero_stage={layout.zero_stage}", *words]
+        words = [*self.words, f"tokens={self.tokens}", f"out={self.out}", f"zero_stage={layout.zero_stage}", *words]
         log = self.folder / f"start{len(self.legs)}.log"
         self.legs.append(Leg(words, layout.processes, [*self.accidents, *accidents], log))
         return self.legs[-1]
@@ -164,6 +197,7 @@ class DrilledRun:
         """Wait until a start has logged this step."""
         leg.until(lambda: bool(BEGUN.search(leg.said())), "its first step")
         self._learn(leg)
+        leg.look_for_ranks()
         leg.until(lambda: self.logged() >= step, f"step {step}")
 
     def wait(self, leg: Leg, seconds: float = LEG_SECONDS) -> int:
@@ -206,14 +240,14 @@ class DrilledRun:
             return
         step = int(resumed[1]) if resumed else 0
         for strike in self._waiting:
-            strike.resumed_at, strike.steps_lost = step, self._sealed - step
+            strike.recovered, strike.resumed_at, strike.steps_lost = True, step, self._sealed - step
             if self.must_say not in said:
                 strike.problem = f"the next start did not say {self.must_say!r}"
         self._waiting, self.must_say = [], ""
 
 
 def compare(run: Path, undisturbed: Path, tolerance: float = 0.0) -> Equal:
-    """Final weights, logged numbers and ledger of two run folders; bit for bit, or weights and losses to a tolerance."""
+    """Final weights, logged numbers and ledger of two runs; given a tolerance, weights and losses need only be near."""
     return Equal(
         _same_weights(run / WEIGHTS, undisturbed / WEIGHTS, tolerance),
         _same_numbers(_numbers(run), _numbers(undisturbed), tolerance),

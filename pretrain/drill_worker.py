@@ -30,8 +30,8 @@ from pretrain.train import COMMAND
 
 Accident = list[Any]  # [name, settings]
 BYTES = "bytes"  # the moment of a save at which a given byte of its tensors has been written
-RENAMES = ("note", "seal", "rename", "pointer")  # and those just before one of its files gets its name
-CLEANING = "cleaning"  # and that before what it no longer needs is removed
+NAMINGS = ("note", "seal", "folder", "pointer")  # and those just before one of its files gets its name
+CLEANING = "clearing"  # and that before what it no longer needs is removed
 
 
 def kill_in_save(save: int, moment: str, byte: int = 0, rank: int = 0) -> None:
@@ -41,19 +41,19 @@ def kill_in_save(save: int, moment: str, byte: int = 0, rank: int = 0) -> None:
     saves = n_written = 0
     write_out, write = SnapshotWriter.write_out, snapshot._Digesting.write
 
-    def counted(writer: SnapshotWriter) -> dict[str, dict[str, Any]]:
+    def counted(self: SnapshotWriter) -> dict[str, dict[str, Any]]:
         nonlocal saves
         saves += 1
-        return write_out(writer)
+        return write_out(self)
 
-    def cut(file: Any, data: Any) -> int:
+    def cut(self: Any, data: Any) -> int:
         nonlocal n_written
         view = memoryview(data).cast("B")
         if saves == save and n_written + view.nbytes >= byte:
-            file.file.write(view[: byte - n_written])
+            self.file.write(view[: byte - n_written])
             die()
         n_written += view.nbytes if saves == save else 0
-        return write(file, data)
+        return write(self, data)
 
     def before_naming(event: str, values: tuple[Any, ...]) -> None:
         if saves == save and event in ("os.rename", "shutil.rmtree") and moment_of(event, values) == moment:
@@ -73,7 +73,7 @@ def moment_of(event: str, values: tuple[Any, ...]) -> str:
     name = Path(os.fsdecode(values[1])).name
     names = {f"rank{launched_rank()}.json": "note", SEAL: "seal", "latest": "pointer"}
     is_checkpoint = name.startswith("global_step") and not name.endswith(REPLACED)
-    return "rename" if is_checkpoint else names.get(name, "")
+    return "folder" if is_checkpoint else names.get(name, "")
 
 
 def die() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.manifest import FolderError
 from cluster.settings import SettingError
-from data_pipeline.images import ImageProblem, decode, square
+from data_pipeline.images import FORMATS, ImageProblem, decode, square
 from data_pipeline.loader import to_pixels
 from dvae.likelihood import map_pixels
 from dvae.model import Dvae
@@ -56,7 +56,7 @@ def read_prime(path: Path, rows: int, dvae: Dvae) -> Tensor:
 
 def opaque_patches(data: bytes, side: int, grid: int) -> np.ndarray:
     """(G, G) bool: which patches of the middle square have no transparent pixel."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         opaque = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha == 255))
     mask = io.BytesIO()
     opaque.save(mask, "png")

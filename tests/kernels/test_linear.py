@@ -80,3 +80,26 @@ def test_other_makers_processors_keep_torchs_products(monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"cpu_name": name})
         assert doors._mkl_is_slow() == (slow and torch.backends.mkldnn.is_available())
     doors._mkl_is_slow.cache_clear()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("door", "definition"), DOORS)
+def test_float16_activations_meet_float32_weights_in_float16_with_float32_sums(door, definition) -> None:  # noqa: ANN001
+    torch.manual_seed(0)
+    x = torch.randn(64, 48).half().requires_grad_()
+    weight, bias = torch.randn(32, 48, requires_grad=True), torch.randn(32, requires_grad=True)
+    d_out = torch.randn(64, 32).half()
+    out = door(x, weight, bias)
+    got = torch.autograd.grad(out, (x, weight, bias), d_out)
+    narrow = [t.detach().half().double().requires_grad_() for t in (x, weight, bias)]
+    true = definition(*narrow)
+    want = torch.autograd.grad(true, narrow, d_out.double())
+    assert out.dtype == torch.float16 and [g.dtype for g in got] == [torch.float16, torch.float32, torch.float32]
+    for mine, theirs in zip((out, *got), (true, *want), strict=True):
+        assert (mine.double() - theirs).norm() < 1e-3 * theirs.norm()  # half a unit of float16 is 5e-4
+
+
+def test_a_bias_gradient_beyond_float16_stays_finite_beside_float32_weights() -> None:
+    x, weight, bias = torch.ones(4096, 8).half(), torch.randn(8, 8), torch.zeros(8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(doors.linear(x, weight, bias), bias, torch.full((4096, 8), 32.0).half())
+    assert gradient.tolist() == [4096 * 32.0] * 8  # twice the largest number of float16

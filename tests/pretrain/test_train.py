@@ -34,7 +34,7 @@ def train(words: list[str], out: Path, processes: int = 1) -> Path:
 def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed one-process run that the others are held against."""
     words = [*SMALL_TRAIN, f"tokens={tiny}/data/tokens", f"vocab={tiny}/data/vocab"]
-    return train([*words, "zero_stage=0"], tmp_path_factory.mktemp("plain") / "run")
+    return train([*words, "zero_stage=1"], tmp_path_factory.mktemp("plain") / "run")
 
 
 def test_a_run_learns_and_is_released(plain: Path) -> None:
@@ -60,7 +60,7 @@ def test_two_processes_at_every_zero_stage_equal_one(
 
 def test_a_killed_run_resumes_bit_for_bit(plain: Path, train_words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = [*train_words, "zero_stage=0", f"out={out}"]
+    words = [*train_words, "zero_stage=1", f"out={out}"]
     process = subprocess.Popen([sys.executable, "-m", "pretrain.train", *words], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not (out / "checkpoints" / "latest").is_file() and time.monotonic() < until:
@@ -75,9 +75,28 @@ def test_a_killed_run_resumes_bit_for_bit(plain: Path, train_words: list[str], t
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+def test_a_run_goes_on_with_other_processes_and_another_zero_stage(train_words: list[str], tmp_path: Path) -> None:
+    """One process at stage 1, two at stage 3, four as two nodes of two, and one again."""
+    settings = [*train_words, "optim.average_every=2", "optim.schedule=constant"]
+    want, out = train(settings, tmp_path / "undisturbed"), tmp_path / "run"
+    train([*settings, "zero_stage=1", "n_steps=3"], out)
+    for n_steps, processes, words in (
+        (6, 2, ["zero_stage=3"]),
+        (9, 4, ["zero_stage=3", "zero_shards=2"]),
+        (12, 1, ["zero_stage=2"]),
+    ):
+        allowed = ["allow_change=n_steps,zero_shards", f"n_steps={n_steps}"]
+        train([*settings, *words, *allowed], out, processes)
+    assert losses(out) == pytest.approx(losses(want), rel=1e-5)
+    assert (out / "ledger.jsonl").read_bytes() == (want / "ledger.jsonl").read_bytes()
+    got = load_file(out / "model.safetensors")
+    for name, tensor in load_file(want / "model.safetensors").items():
+        torch.testing.assert_close(got[name], tensor, atol=2e-5, rtol=1e-4)
+
+
 def test_a_stop_signal_saves_and_the_same_command_goes_on(plain: Path, train_words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = [*train_words, "zero_stage=0", "save_every=1000", f"out={out}"]
+    words = [*train_words, "zero_stage=1", "save_every=1000", f"out={out}"]
     process = subprocess.Popen([sys.executable, "-m", "pretrain.train", *words], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while not losses(out) and time.monotonic() < until:
@@ -91,7 +110,7 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(plain: Path, train_wor
 
 def test_a_time_limit_saves_and_asks_to_be_started_again(plain: Path, train_words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = [*train_words, "zero_stage=0", f"out={out}"]
+    words = [*train_words, "zero_stage=1", f"out={out}"]
     stopped = smalti("train", *words, "stop_after_minutes=1e-9", check=False)
     assert stopped.returncode == REQUEUE and "exit code 75" in stopped.stderr and len(losses(out)) == 1
     smalti("train", *words, "stop_after_minutes=60")
@@ -100,20 +119,20 @@ def test_a_time_limit_saves_and_asks_to_be_started_again(plain: Path, train_word
 
 def test_a_finished_run_is_not_run_again(plain: Path, train_words: list[str]) -> None:
     before = (plain / "model.safetensors").stat().st_mtime_ns
-    again = smalti("train", *train_words, "zero_stage=0", f"out={plain}")
+    again = smalti("train", *train_words, "zero_stage=1", f"out={plain}")
     assert "finished already" in again.stdout
     assert (plain / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_another_architecture_is_refused_by_name(plain: Path, train_words: list[str]) -> None:
-    refused = smalti("train", *train_words, "zero_stage=0", "model.n_layers=3", f"out={plain}", check=False)
+    refused = smalti("train", *train_words, "zero_stage=1", "model.n_layers=3", f"out={plain}", check=False)
     assert refused.returncode == 1
     assert "model.n_layers: 2 there, 3 here" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_setting_may_change_on_resume_if_it_is_named(plain: Path, train_words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = [*train_words, "zero_stage=0", f"out={out}"]
+    words = [*train_words, "zero_stage=1", f"out={out}"]
     smalti("train", *words, "stop_after_minutes=1e-9", check=False)
     refused = smalti("train", *words, "optim.clip=0.5", check=False)
     assert refused.returncode == 1 and "optim.clip: 1.0 there, 0.5 here" in refused.stderr
@@ -128,7 +147,7 @@ def test_a_finished_run_goes_on_to_more_steps_if_that_is_allowed(
     plain: Path, train_words: list[str], tmp_path: Path
 ) -> None:
     out = shutil.copytree(plain, tmp_path / "run")
-    words = [*train_words, "zero_stage=0", "n_steps=14", f"out={out}"]
+    words = [*train_words, "zero_stage=1", "n_steps=14", f"out={out}"]
     assert "n_steps: 12 there, 14 here" in smalti("train", *words, check=False).stderr
     smalti("train", *words, "allow_change=n_steps")
     assert losses(out)[:12] == losses(plain) and len(losses(out)) == 14

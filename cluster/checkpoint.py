@@ -8,6 +8,7 @@ What follows the copy of the state into memory may happen in a background thread
 use no collective: each leaves a note in the folder, which all ranks see, and rank 0 seals when it has all.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -164,7 +165,8 @@ class Checkpoints:
     def _notes(self) -> dict[int, dict[str, Any]]:
         """What each writing rank says of its files. One that says nothing for too long has a problem."""
         notes: dict[int, dict[str, Any]] = {}
-        until, pause = time.monotonic() + PATIENCE_SECONDS, 0.005
+        started, pause = time.monotonic(), 0.005
+        until = started + PATIENCE_SECONDS
         while missing := self.writers - notes.keys():
             names = set(os.listdir(self._part))  # one call for all, and one that a shared file system answers afresh
             here = [rank for rank in missing if self._note(rank).name in names]
@@ -172,7 +174,7 @@ class Checkpoints:
                 until = min(until, time.monotonic() + PATIENCE_AT_END_SECONDS)
             notes |= {rank: json.loads(self._note(rank).read_text()) for rank in here}
             if not here and time.monotonic() > until:
-                silence = "no word for too long; is it lost, or does it not see this folder?"
+                silence = f"no word in {time.monotonic() - started:.0f} s; does it see this folder?"
                 return notes | {rank: {"problem": silence} for rank in missing}
             if not here:
                 time.sleep(pause)
@@ -194,7 +196,8 @@ class Checkpoints:
             files[str(path.relative_to(part))] = known.pop(str(path), None) or _flushed(path)
         if known:
             raise FileNotFoundError(f"{min(known)} is not seen by rank 0; do all ranks share this file system?")
-        write_json(part / SEAL, seal | {"files": files})
+        seal |= {"files": files}
+        write_json(part / SEAL, seal | {"sha256": _digest(seal)})
         _flush_folder(part)
         if target.exists():  # out of the way, and still to be found until the new one stands there
             shutil.rmtree(replaced, ignore_errors=True)
@@ -228,8 +231,8 @@ def verify(folder: Path, share: int = 0, n_shares: int = 1) -> str | None:
     try:
         seal = json.loads((folder / SEAL).read_text())
         sealed = [(name, record["bytes"], record["sha256"]) for name, record in seal["files"].items()]
-        if not isinstance(seal["about"], dict):
-            raise TypeError
+        if seal.pop("sha256") != _digest(seal) or not isinstance(seal["about"], dict):
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {SEAL} is missing or unreadable (the save did not finish)"
     for number, (name, n_bytes, digest) in enumerate(sealed):
@@ -278,6 +281,11 @@ def _number(path: Path) -> int:
 
 def _name(number: int) -> str:
     return f"global_step{number // 2 - 1}{'' if number % 2 else REPLACED}"
+
+
+def _digest(seal: dict[str, Any]) -> str:
+    """Of what a seal says: a flip in its settings would make a run refuse to go on, instead of passing it over."""
+    return hashlib.sha256(json.dumps(seal, sort_keys=True).encode()).hexdigest()
 
 
 def _in_one_line(problems: dict[int, str], world_size: int) -> str:

@@ -3,6 +3,8 @@
     smalti checkpoint ls runs/train                       what is there
     smalti checkpoint verify runs/train                   every file against its digest; exit code 1 if one is bad
     smalti checkpoint prune runs/train keep_last=1        remove all but these; shows them, and acts with yes=true
+    smalti checkpoint diff runs/a other=runs/b            which weights and settings differ  } verbs of their own:
+    smalti checkpoint export runs/train out=released      weights for others to use          } see their --help
 
 Works on any trainer's run folder, with or without the run going on. Verifying reads every byte.
 """
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.checkpoint import SEAL, found_in, kept_of, verify
+from cluster.checkpoint import REPLACED, SEAL, found_in, kept_of, verify
 from cluster.command import Command, run_command
 from cluster.manifest import FolderError
 from cluster.settings import SettingError, require_at_least_one, setting
@@ -46,13 +48,15 @@ def inspect(config: CheckpointConfig) -> None:
 
 
 def show(config: CheckpointConfig, folder: Path, found: list[tuple[int, Path]]) -> None:
-    """A line a checkpoint: step, size, age, and whether its save was finished."""
+    """A line a checkpoint: step, size, age, and what became of its save."""
     latest = folder / "latest"
     newest = latest.read_text().strip() if latest.is_file() else ""
     for step, path in found:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         hours = (time.time() - path.stat().st_mtime) / 3600
-        state = ("sealed" if (path / SEAL).is_file() else "unfinished") + (", latest" if path.name == newest else "")
+        state = "sealed" if (path / SEAL).is_file() else "unfinished"
+        state += ", to be replaced by a new save of this step" if path.name.endswith(REPLACED) else ""
+        state += ", latest" if path.name == newest else ""
         print(f"step {step:>9,}  {size / 2**20:>10,.1f} MiB  {hours:>7.1f} h old  {state}")
 
 

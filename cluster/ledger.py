@@ -15,9 +15,12 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
+from cluster.manifest import FolderError
+
 NAME = "ledger.jsonl"
 MODULUS = 2**64
 MOST_IN_STEP = 2**24
+GRACE = 10  # so many bad samples never stop a run, unless none is allowed
 PLACE = Struct("<QIQ")  # position, shard, number
 
 
@@ -63,6 +66,19 @@ def digest_of(positions: Iterable[int], places: Iterable[tuple[int, int]], keys:
 def whole_digest(sums: dict[str, float]) -> int:
     """The digest of a whole step from `Seen.sums` summed over the ranks."""
     return (int(sums["ledger/low"]) + (int(sums["ledger/high"]) << 32)) % MODULUS
+
+
+def refuse_too_many(n_replaced: int, n_consumed: int, max_share: float, last: str) -> None:
+    """FolderError if too large a share of the samples so far was bad. Counts are those of all ranks, so
+    that all decide alike; `last` names the last bad one."""
+    if n_replaced <= (GRACE if max_share else 0) or n_replaced <= max_share * n_consumed:
+        return
+    share = n_replaced / n_consumed
+    raise FolderError(
+        f"{n_replaced} of {n_consumed} samples so far were bad ({share:.2%}), more than "
+        f"data.max_bad_share={max_share:g}; the last: {last}. Put back a good copy of the shard and run the same "
+        f"command again, or go on with data.max_bad_share={min(1.0, 2 * share):.2g}"
+    )
 
 
 class Ledger:

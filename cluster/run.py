@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import Checkpoints
-from cluster.ledger import Ledger, Seen, whole_digest
+from cluster.ledger import Ledger, Seen, refuse_too_many, whole_digest
 from cluster.manifest import differences, flat, is_done, refuse_difference, write_bytes, write_json, write_manifest
 from cluster.metrics import Metrics, Progress
 from cluster.process import Place, gathered, largest_of, wait_for_all
@@ -167,11 +167,12 @@ class Run:
         self._code = self.watch.told_to_stop()
         return bool(self._code)
 
-    def record_samples(
-        self, step: int, positions: range, seen: Seen, sums: dict[str, float], skipped: str = ""
-    ) -> None:
-        """Enter a step into the ledger: its positions, what this rank saw and the sums of it over all ranks, and
-        why its update was not applied, if it was not."""
+    def record_samples(self, step: int, seen: Seen, sums: dict[str, float] | None = None, skipped: str = "") -> None:
+        """Enter a step into the ledger: what this rank saw and the sums of it over all ranks (None: this is the only
+        one), and why its update was not applied, if it was not. FolderError if too many samples were bad."""
+        sums = seen.sums if sums is None else sums
+        data = self._config.data
+        positions = range(step * data.batch, (step + 1) * data.batch)
         replaced = int(sums["ledger/replaced"])
         bad = [one for rank in gathered(self.place, seen.bad) for one in rank] if replaced else []
         self.consumed += len(positions)
@@ -180,6 +181,8 @@ class Run:
             self.say(f"replaced a bad sample: {one}")
         if self.ledger:
             self.ledger.record(step, positions, whole_digest(sums), bad, skipped)
+        if bad:
+            refuse_too_many(self.replaced, self.consumed, data.max_bad_share, str(bad[-1]))
 
     def save(self, step: int, write: Callable[[Path, str], None], background: bool = False) -> None:
         """Save the state after `step` updates. background: if `write` gives it to `checkpoints.writer`, the files

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from cluster.command import shown
 from cluster.ledger import Bad
-from cluster.manifest import FolderError
 from cluster.settings import UserError
 from data_pipeline.contents import reason_of
 from data_pipeline.folders import Shards
@@ -19,7 +18,6 @@ from data_pipeline.order import Order
 from data_pipeline.remote import RemoteError
 from data_pipeline.shards import Sample, ShardError
 
-GRACE = 10  # so many bad samples never stop a run, unless none is allowed
 MOST_IN_A_ROW = 64  # with half of all samples bad, chance reaches it once in 2^64 draws
 OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # not of the data
 
@@ -48,16 +46,3 @@ def usable_sample(
             bad.append(Bad(position, *place, shown(shard.path), shown(key), reason.lstrip(": ")))
         place = order.replacement(position, attempt)
     raise ShardError(f"{MOST_IN_A_ROW} samples in a row were bad; the last: {bad[-1]}")
-
-
-def refuse_too_many(n_replaced: int, n_consumed: int, max_share: float, last: str) -> None:
-    """FolderError if too large a share of the samples so far was bad. Counts are those of all ranks, so
-    that all decide alike; `last` names the last bad one."""
-    if n_replaced <= (GRACE if max_share else 0) or n_replaced <= max_share * n_consumed:
-        return
-    share = n_replaced / n_consumed
-    raise FolderError(
-        f"{n_replaced} of {n_consumed} samples so far were bad ({share:.2%}), more than "
-        f"data.max_bad_share={max_share:g}; the last: {last}. Put back a good copy of the shard and run the same "
-        f"command again, or go on with data.max_bad_share={min(1.0, 2 * share):.2g}"
-    )

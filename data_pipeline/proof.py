@@ -1,8 +1,8 @@
 """Prove which samples a run has consumed, from its ledger and the indexes of its shards.
 
-    smalti ledger runs/train                       exit code 1 if the ledger differs from the order
-    smalti ledger runs/train data=elsewhere/tokens if the shards have moved
-    smalti ledger runs/train json=true             one JSON object, with every replaced and skipped sample
+    smalti ledger runs/train                       # exit code 1 if the ledger differs from the order
+    smalti ledger runs/train data=moved/tokens     # if the shards have moved
+    smalti ledger runs/train json=true             # one JSON object, with every replaced and skipped sample
 
 The order of samples is computed again from the seed and the shards, and each step's digest compared;
 no sample is read. Works on any trainer's run folder, with or without the run going on.
@@ -200,7 +200,7 @@ def told(run: str, finding: Finding) -> Iterator[str]:
         yield "proved: every step's digest is that of the samples that the order gives"
 
 
-COMMAND = Command("ledger", LedgerConfig, Path(__file__).parent / "configs", prove, __doc__, plain=("run",))
+COMMAND = Command("ledger", LedgerConfig, Path(__file__).parent / "configs" / "ledger", prove, __doc__, plain=("run",))
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMAND, sys.argv[1:]))

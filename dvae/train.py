@@ -113,12 +113,14 @@ def train(config: DvaeTrainConfig) -> None:
     heldout = first_pictures(Shards(Path(config.images), "images", "heldout"), N_EVALUATION, config.model.image_side)
     trainer = Trainer(config, shards, place)
     batches = ImageBatches(shards, config.data, config.model.image_side, config.flip)
-    first = run.begin(trainer.load)
+    first = run.begin(trainer.load, batches.about_order)
     batches.seek(first)
     if first == 0:
         run.record_evaluation(-1, measure(trainer.model, heldout, place.device))
     for step in range(first, config.n_steps):
-        run.record(step, trainer.step(step, next(batches).pixels))
+        batch = next(batches)
+        run.record(step, trainer.step(step, batch.pixels))
+        run.record_samples(step, batch.seen)
         stop = run.told_to_stop()
         if due(step, config.evaluate_every, config.n_steps):
             run.record_evaluation(step, measure(trainer.model, heldout, place.device))

@@ -74,7 +74,7 @@ class ActivatedLinear(Linear):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.weight = nn.Parameter(self.weight.detach().t().contiguous())
 
     def pack(self) -> None:
         self.packed = packed(self.weight.t())

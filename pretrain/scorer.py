@@ -193,10 +193,12 @@ def train(config: ScorerTrainConfig) -> None:
     heldout = HeldOut(Shards(images, "images", "heldout"), vocabulary, config.model)
     trainer = Trainer(config, vocabulary, place)
     batches = ImageBatches(shards, config.data, config.model.image_side, flip=False)
-    first = run.begin(trainer.load)
+    first = run.begin(trainer.load, batches.about_order)
     batches.seek(first)
     for step in range(first, config.n_steps):
-        run.record(step, trainer.step(step, next(batches)))
+        batch = next(batches)
+        run.record(step, trainer.step(step, batch))
+        run.record_samples(step, batch.seen)
         stop = run.told_to_stop()
         if due(step, config.evaluate_every, config.n_steps):
             run.record_evaluation(step, evaluate(trainer.model, heldout, place.device))

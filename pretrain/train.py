@@ -19,7 +19,6 @@ from cluster.process import Place, computes_bf16, joined_place, share_cores
 from cluster.run import Run, due
 from cluster.settings import UserError
 from cluster.weights import WEIGHTS
-from data_pipeline.bad_samples import refuse_too_many
 from data_pipeline.bpe import open_vocabulary
 from data_pipeline.folders import Shards, open_folders
 from data_pipeline.loader import TokenBatch, TokenBatches
@@ -73,9 +72,7 @@ def loop(config: TrainConfig, run: Run, engine: Engine, batches: TokenBatches, h
         batch = next(batches)
         update = engine.step(step, batch)
         run.record(step, update.values)
-        positions = range(step * config.data.batch, (step + 1) * config.data.batch)
-        run.record_samples(step, positions, batch.seen, update.sums, update.why_not)
-        refuse_too_many(run.replaced, run.consumed, config.data.max_bad_share, f"see {run.folder}/ledger.jsonl")
+        run.record_samples(step, batch.seen, update.sums, update.why_not)
         if trouble.calls_for_rollback(config, run, engine, step, batch, update):
             back_to = run.roll_back(engine.load, batches.about_order)
             if back_to >= 0:

@@ -1,6 +1,6 @@
 """Three ranks that save together, one of them in trouble: `torchrun --nproc-per-node 3 checkpoint_job.py FOLDER`.
 
-What each rank was told and found is in FOLDER/told-RANK.json, for test_checkpoint.py.
+What each rank was told and found is in FOLDER/told-RANK.json, for test_background_saves.py.
 """
 
 import contextlib

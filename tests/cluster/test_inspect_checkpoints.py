@@ -37,6 +37,17 @@ def test_ls_shows_step_size_and_the_latest(run: Path, capsys: pytest.CaptureFixt
     assert lines[1].endswith("unfinished") and lines[3].endswith("sealed, latest")
 
 
+def test_a_checkpoint_whose_replacement_was_killed_is_one_like_any_other(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = run / "checkpoints" / "global_step8"
+    newest.rename(newest.with_name("global_step8.old"))
+    assert run_command(COMMAND, ["ls", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("sealed, to be replaced by a new save of this step")
+    assert run_command(COMMAND, ["prune", str(run), "keep_last=1", "yes=true"]) == 0
+    assert [path.name for path in (run / "checkpoints").glob("global*")] == ["global_step8.old"]
+
+
 def test_verify_names_the_bad_ones_and_what_would_be_restored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(COMMAND, ["verify", str(run)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "global_step8: good"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ledger import Bad
+from cluster.ledger import GRACE, Bad, refuse_too_many
 from cluster.manifest import FolderError
-from data_pipeline.bad_samples import GRACE, refuse_too_many, usable_sample
+from data_pipeline.bad_samples import usable_sample
 from data_pipeline.contents import caption_of, picture_of
 from data_pipeline.folders import Shards
 from data_pipeline.loader import ImageBatches, LoaderConfig

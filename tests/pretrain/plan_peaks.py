@@ -9,12 +9,12 @@ never written to. The resident size would miss those, which a GPU would not. Tor
 freed on threads of gloo.
 """
 
+import importlib
 import json
 import os
 import socket
-import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,13 +26,12 @@ from cluster.power_sgd import PowerSGDConfig
 from cluster.process import Place, joined_place
 from data_pipeline.loader import LoaderConfig, TokenBatch
 from pretrain import engine_start
-from pretrain.config import OptimConfig, TrainConfig, TransformerConfig
+from pretrain.config import TrainConfig, TransformerConfig
 from pretrain.engine import Engine
 from pretrain.model import Sizes
 
 SIZES = Sizes(text_vocab=2_000, codebook=1_000, grid=16)
 MODEL = TransformerConfig(n_text=64, n_layers=4, n_heads=16, d_head=64)  # 57 M parameters
-LARGE, SMALL = OptimConfig(), OptimConfig(moments="16-bit")
 LOW_RANK = PowerSGDConfig(rank=64, start_step=0, wire="1-6-9", errors="1-6-9")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 STEPS = 3  # DeepSpeed's stage 3 looks ahead from the second on
@@ -46,12 +45,26 @@ class Case:
     ranks: int = 1
     batch: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)  # of DeepSpeed's, in place of its defaults
 
     @property
     def config(self) -> TrainConfig:
         parts = self.ranks * self.settings.get("accumulate", 1)
         given = {"precision": "fp32", "model": MODEL, "data": LoaderConfig(batch=self.batch * parts)}
         return TrainConfig(n_steps=STEPS, **given | self.settings)
+
+
+TIGHT = {  # what DeepSpeed's defaults are to a model of 6 billion numbers
+    "reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 500_000, "stage3_max_live_parameters": 10_000_000,
+    "stage3_max_reuse_distance": 10_000_000, "stage3_param_persistence_threshold": 1_000,
+}  # fmt: skip
+BASE = {"s1": {"zero_stage": 1}, "s2": {"zero_stage": 2}, "s3": {"zero_stage": 3}}
+PREC = {"fp32": {}, "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16-resblock"}}
+KEEP = {"all": {}, "ckpt": {"activation_checkpointing": "resblock"}}
+CASES = {
+    f"{s}-{p}-{k}-x{n}-b{b}-{lim}": Case(n, b, BASE[s] | PREC[p] | KEEP[k], TIGHT if lim == "tight" else {})
+    for s in BASE for p in PREC for k in KEEP for n in (1, 2) for b in (1, 8) for lim in ("def", "tight")
+}
 
 
 def batch_of(config: TrainConfig, sizes: Sizes, ranks: int) -> TokenBatch:
@@ -71,3 +84,57 @@ def virtual(name: str) -> int:
     """Bytes of this process, now (VmSize) or at most (VmPeak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def be_rank(rank: int, case: Case, port: int, answer: Connection) -> None:
+    """A forked process: one rank of a case; rank 0 answers."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config, made = case.config, engine_start.deepspeed_settings
+
+    def with_limits(config: TrainConfig, world_size: int) -> dict[str, Any]:
+        settings = made(config, world_size)
+        return settings | {"zero_optimization": settings["zero_optimization"] | case.limits}
+
+    engine_start.deepspeed_settings = with_limits
+    torch.manual_seed(0)
+    with joined_place(timeout_minutes=1.0) as place:
+        few = TransformerConfig(n_text=8, n_layers=2, n_heads=2, d_head=8, conv_kernel=3)
+        train(replace(config, model=few), Sizes(20, 12, 4), place)
+        before = virtual("VmSize")
+        train(config, SIZES, place)
+        if rank == 0:
+            answer.send(virtual("VmPeak") - before)
+
+
+def peak_of(case: Case) -> int:
+    """Bytes of the most that rank 0 held at once."""
+    forked = get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here, there = forked.Pipe(duplex=False)
+    ranks = [forked.Process(target=be_rank, args=(rank, case, port, there), daemon=True) for rank in range(case.ranks)]
+    for process in ranks:
+        process.start()
+    there.close()
+    try:
+        if not here.poll(SECONDS):
+            raise TimeoutError(f"no answer in {SECONDS} seconds")
+        return int(here.recv())
+    finally:
+        for process in ranks:
+            process.join(SECONDS)
+            process.kill()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    importlib.import_module("deepspeed")  # once, for all that are forked
+    names = sys.argv[2:] or list(CASES)
+    Path(sys.argv[1]).write_text(json.dumps({name: peak_of(CASES[name]) for name in names}))
+
+
+if __name__ == "__main__":
+    main()

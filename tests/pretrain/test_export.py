@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -233,8 +235,10 @@ def test_memory_is_that_of_a_few_tensors(stage: int, tmp_path: Path) -> None:
     write_zero(tmp_path / "step", [{"first": torch.ones(4)}, group], stage, 2)
     words = [sys.executable, "-c", PEAK, str(tmp_path / "step"), str(tmp_path)]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    settings["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # freed memory goes back at once, as that of large tensors does
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=settings, check=True)
-    assert float(done.stdout) < 32  # a tensor, what it is made from, and two mappings of it: 4 + 4 + 2 * 8 MiB
+    # the tensor: 4 MiB; of each of two ranks what was read before its mapping is closed: 4 and half a tensor: 12 MiB
+    assert float(done.stdout) < 1.5 * 16
     assert torch.equal(load_file(tmp_path / "model.safetensors")["weight31"], group["weight31"])
 
 
@@ -278,6 +282,8 @@ def test_pictures_drawn_from_a_release_are_those_of_the_run(
             "sample", "captions=a red heart", "candidates=2", f"model={folder}", f"dvae={tiny}/runs/dvae",
             f"vocab={vocab}", f"out={tmp_path / name}", "precision=fp32",
         )  # fmt: skip
-    for picture in sorted((tmp_path / "a").glob("0000/*.png")):
-        ours = (tmp_path / "b" / "0000" / picture.name).read_bytes()
-        assert ours == picture.read_bytes()
+    pictures = sorted((tmp_path / "a").glob("0000/*.png"))
+    assert len(pictures) == 2
+    for picture in pictures:  # in their text chunks they name other folders as their origin
+        with Image.open(picture) as ours, Image.open(tmp_path / "b" / "0000" / picture.name) as theirs:
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))

@@ -29,7 +29,7 @@ from cluster.ledger import NAME as LEDGER
 from cluster.manifest import NAME as MANIFEST
 from cluster.settings import SettingError, UserError, require_at_least_one, setting
 from pretrain.drill_faults import FAULTS
-from pretrain.drill_run import LOSS_TOLERANCE, Cut, DrilledRun, Equal, Layout, Missed, NotSurvived, Strike, compare
+from pretrain.drill_run import TOLERANCE, Cut, DrilledRun, Equal, Layout, Missed, NotSurvived, Strike, compare
 from pretrain.drill_worker import Accident
 
 N_STEPS, SAVE_EVERY = 48, 4
@@ -257,7 +257,7 @@ def judged(ground: Ground, number: int, kind: str, run: DrilledRun, nans: list[i
     """A line for each fault that struck a run: what it did there, and how the run compares at its end."""
     equal = Equal()
     if not any(strike.problem for strike in run.strikes):
-        tolerance = LOSS_TOLERANCE if kind == "other_layout" else 0.0
+        tolerance = TOLERANCE if kind == "other_layout" else 0.0
         equal = compare(run.out, ground.undisturbed(number, kind, nans, run.was_cut), tolerance)
     if kind == "cut_shard" and run.strikes and '"bad":' not in (run.out / LEDGER).read_text():
         run.strikes[0].problem = "no sample of the shard was replaced"

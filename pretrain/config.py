@@ -119,6 +119,11 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.zero_shards and self.zero_stage != 3:
             raise SettingError(f"zero_shards={self.zero_shards} needs zero_stage=3: its shards are rows of matrices")
+        if self.power_sgd.rank and self.offload_optimizer:
+            raise SettingError(
+                f"power_sgd.rank={self.power_sgd.rank} and offload_optimizer=true do not go together: updates are made "
+                "from the factors, where these are"
+            )
         if self.zero_stage not in (1, 2, 3):
             raise SettingError(f"zero_stage={self.zero_stage} must be 1, 2 or 3")
         super().__post_init__()

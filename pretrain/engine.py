@@ -71,6 +71,8 @@ class Engine:
         if self._average:
             self._average.before_step()
         self._engine.step()
+        if self._replicas and update.applied:
+            self._replicas.finish()
         if self._average:
             self._average.update(number, self._shards.masters)
         self._schedule.learn(number, update.values[LOSS])

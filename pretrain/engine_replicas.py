@@ -17,6 +17,7 @@ from cluster.process import Place, sum_over_ranks
 from cluster.replica_mean import Codec
 from cluster.topology import Seat
 from kernels import low_bit, low_rank
+from pretrain.adamw import Factors
 from pretrain.engine_shards import Piece
 from pretrain.optim import REST
 
@@ -49,17 +50,22 @@ def block_of(name: str, pieces: Sequence[Piece]) -> Block:
 
 
 def average(power: PowerSGD, place: Place, blocks: Sequence[Block]) -> float:
-    """Make each gradient its mean over the replicas; the norm of the mean gradient, infinite if a factor was not
-    finite: then nothing may be updated. Collective over all ranks."""
+    """Bring every gradient together over the replicas: those sent whole become their means, of the others the
+    factors are known. Returns the norm of the mean gradient, infinite if a factor was not finite: then, as whenever
+    nothing is to be updated, `power.skip` ends the update. Collective over all ranks."""
     for block in blocks:
         power.compress(block)
     decision = power.decide()
-    if not decision.is_finite:
-        power.skip()
-        return math.inf
-    power.apply()
     squared = sum_over_ranks(place, {"squared": decision.squared_norm})["squared"]
     return math.sqrt(squared / power.seat.topology.n_replicas)
+
+
+def factors_of(power: PowerSGD) -> dict[str, list[Factors]]:
+    """The mean gradients that are known by their factors: of each parameter the matrices that `block_of` made."""
+    found: dict[str, list[Factors]] = {}
+    for one in power.factors():  # all of p q^T leaves each replica's error buffer, for q is a mean
+        found.setdefault(one.name.rpartition("/")[0], []).append(Factors(one.p, one.q, one.error, 1))
+    return found
 
 
 def errors_path(folder: Path, shard: int) -> Path:

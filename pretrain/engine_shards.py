@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from cluster.settings import UserError
+from pretrain.adamw import AdamW, Factors
 
 BOTH = ("averaged_gradients", "_optimizer_step")
 STAGE_3 = (
     "fp16_groups", "fp32_partitioned_groups_flat", "offload_optimizer", "_get_norm_groups",
     "_reassign_or_swap_out_partitioned_parameters", "grad_position", "get_param_id", "checkpoint_event_prologue",
     "checkpoint_event_epilogue",
+    "sub_group_to_group_id",
 )  # fmt: skip
 STAGE_1_AND_2 = (
     "bit16_groups", "params_in_partition", "single_partition_of_fp32_groups", "cpu_offload", "scaled_global_norm",
@@ -49,6 +51,8 @@ class Shards:
                 "(pip install deepspeed==0.19.8)"
             )
         self._skipped: Collection[int] = ()
+        self._factors: Mapping[str, Sequence[Factors]] = {}
+        self._factor_clip = 1.0
         self._replace_step_and_norm()
 
     @property
@@ -73,6 +77,11 @@ class Shards:
     def skip(self, groups: Collection[int]) -> None:
         """Leave these groups out of the coming step: neither their weights nor their moments move."""
         self._skipped = groups
+
+    def take_factors(self, factors: Mapping[str, Sequence[Factors]], clip: float) -> None:
+        """At stage 3: let the coming step update these parameters, by name, from factors of their gradients, times
+        `clip`, one above the other as they fill this rank's rows; what is in their gradients then does not matter."""
+        self._factors, self._factor_clip = factors, clip
 
     def publish(self) -> None:
         """Make what is in `masters` the weights that the model computes with."""
@@ -108,6 +117,23 @@ class Shards:
         assert gradient is not None
         return gradient
 
+    def _step_from_factors(self, group: int) -> None:
+        """The decompressed gradient of a matrix is never written: it exists a piece at a time, inside the update."""
+        optimizer: AdamW = self._optimizer.optimizer
+        options = optimizer.param_groups[self._optimizer.sub_group_to_group_id[group]]
+        master = self.masters[group]
+        assert master.grad is not None
+        optimizer.advance(master, options)
+        for parameter in self._optimizer.fp16_groups[group]:
+            _, start, size = (int(n) for n in self._optimizer.grad_position[self._optimizer.get_param_id(parameter)])
+            factors = self._factors.get(self._names[id(parameter)])
+            if factors is None:
+                optimizer.step_parameter(master, options, master.grad.narrow(0, start, size), start=start)
+                continue
+            for one in factors:
+                optimizer.step_parameter(master, options, one, self._factor_clip, start)
+                start += len(one.p) * len(one.q)
+
     def _replace_step_and_norm(self) -> None:
         """Hook in: DeepSpeed's norm would be a collective for each group, and of gradients still scaled."""
         optimizer = self._optimizer
@@ -115,7 +141,11 @@ class Shards:
         one = torch.ones((), device=self.masters[0].device)
 
         def step_unless_skipped(group: int) -> None:
-            if group not in self._skipped:
+            if group in self._skipped:
+                return
+            if self._factors and not self._factors.keys().isdisjoint(self.group_names[group]):
+                self._step_from_factors(group)
+            else:
                 step(group)
 
         optimizer._optimizer_step = step_unless_skipped

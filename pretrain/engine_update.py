@@ -15,7 +15,7 @@ from cluster.process import Place, sum_over_ranks
 from cluster.spikes import SpikeWatch
 from pretrain.bad_numbers import some
 from pretrain.config import TrainConfig
-from pretrain.engine_replicas import average, block_of
+from pretrain.engine_replicas import average, block_of, factors_of
 from pretrain.engine_shards import Piece, Shards
 from pretrain.optim import REST, resblock_of
 from pretrain.precision import GradientScales
@@ -83,14 +83,17 @@ class Settlement:
         pieces = self._pieces_of_blocks(groups, [block for block in self.blocks if block not in overflowed])
         squared = sum(told[block] / divisors[block] ** 2 for block in pieces)
         norm = math.sqrt(squared) if replicas is None else self._between_replicas(replicas, pieces, divisors)
-        if math.isinf(norm):
-            return self._leave_out(update, left_out=("what is sent between replicas",))
+        spike = "" if math.isinf(norm) else self._spike(values | {NORM: norm})
+        if math.isinf(norm) or (spike and self.config.on_spike == "skip"):
+            if replicas:
+                replicas.skip()
+            left_out = ("what is sent between replicas",) if math.isinf(norm) else ()
+            return self._leave_out(update, left_out=left_out, spike=spike)
         values[NORM] = norm
-        spike = self._spike(values)
-        if spike and self.config.on_spike == "skip":
-            return self._leave_out(update, spike=spike)
         clip = min(1.0, self.config.optim.clip / (norm + 1e-6))
         multiply(pieces, {block: clip / divisors[block] for block in pieces})
+        if replicas:
+            self.shards.take_factors(factors_of(replicas), clip)
         self.shards.skip([group for group, block in enumerate(self._block_of_group) if block in overflowed])
         return Update(values, update.sums, True, overflowed, spike=spike)
 

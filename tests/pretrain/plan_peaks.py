@@ -9,6 +9,7 @@ never written to. The resident size would miss those, which a GPU would not. Tor
 freed on threads of gloo.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -92,15 +93,19 @@ def be_rank(rank: int, case: Case, port: int, answer: Connection) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config, made = case.config, engine_start.deepspeed_settings
 
+    limits = {"reduce_bucket_size": 1_000}
+
     def with_limits(config: TrainConfig, world_size: int) -> dict[str, Any]:
         settings = made(config, world_size)
-        return settings | {"zero_optimization": settings["zero_optimization"] | case.limits}
+        return settings | {"zero_optimization": settings["zero_optimization"] | limits}
 
     engine_start.deepspeed_settings = with_limits
     torch.manual_seed(0)
     with joined_place(timeout_minutes=1.0) as place:
         few = TransformerConfig(n_text=8, n_layers=2, n_heads=2, d_head=8, conv_kernel=3)
         train(replace(config, model=few), Sizes(20, 12, 4), place)
+        gc.collect()
+        limits = case.limits
         before = virtual("VmSize")
         train(config, SIZES, place)
         if rank == 0:

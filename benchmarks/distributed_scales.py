@@ -36,7 +36,7 @@ MODEL = TransformerConfig(n_text=16, n_layers=16, n_heads=4, d_head=16)
 STEPS, BATCH, LOOK_EVERY = 200, 32, 10
 OPTIM = OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.1, clip=1.0)
 LARGEST = math.log2(torch.finfo(torch.float16).max)
-ROOMS = (1, 4, 8, 12, 16, 18, 20, 22, 24, 26, 28, 30)
+ROOMS = (2, 4, 8, 12, 16, 18, 20, 22, 24, 26, 28, 30)
 STRESS = 28  # bits below overflow at which the two are also trained
 FINE = 0.1  # relative error of a resblock's parameter gradient
 
@@ -49,22 +49,29 @@ def config_of(data: Path, kind: str) -> TrainConfig:
 
 
 @contextmanager
-def watched(model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
-    """The gradients that enter and leave each resblock's branch in the backward passes inside, as they are cast."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in model.resblocks()}
+def watched(model: Transformer) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
+    """What each resblock's branch computes in float16 in the one backward pass inside: the gradients that enter it
+    and leave it, in this order, as they are cast; and those of its matrices."""
+    activations: dict[str, list[Tensor]] = {name: [] for name in model.resblocks()}
+    matrices: dict[str, list[Tensor]] = {name: [] for name in model.resblocks()}
 
-    def keep(name: str) -> Callable[..., None]:
+    def keep(gradients: list[Tensor]) -> Callable[[Tensor], None]:
+        return lambda gradient: gradients.append(gradient.detach().clone())
+
+    def at_ends(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, tensors: tuple[Tensor, ...], result: Tensor | None = None) -> None:
             tensor = tensors[0] if result is None else result
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: seen[name].append(gradient.detach().clone()))
+                tensor.register_hook(keep(activations[name]))
 
         return hook
 
     handles = []
     for name, block in model.resblocks().items():
-        handles += [block.inner.register_forward_pre_hook(keep(name)), block.inner.register_forward_hook(keep(name))]
-    yield seen
+        ends = at_ends(name)
+        handles += [block.inner.register_forward_pre_hook(ends), block.inner.register_forward_hook(ends)]
+        handles += [p.register_hook(keep(matrices[name])) for p in block.inner.parameters() if p.dim() == 2]
+    yield activations, matrices
     for handle in handles:
         handle.remove()
 
@@ -104,10 +111,10 @@ def train(place: Place, data: Path, out: Path, kind: str, room: str = "", refere
             if kind != "fp32" or step % LOOK_EVERY:
                 update = engine.step(step, next(batches))
             else:
-                with watched(engine.model) as seen:
+                with watched(engine.model) as (activations, matrices):
                     update = engine.step(step, next(batches))
-                for name, tensors in seen.items():
-                    most = max(tensor.abs().max().item() for tensor in tensors)
+                for name in largest:
+                    most = max(tensor.abs().max().item() for tensor in activations[name] + matrices[name])
                     largest[name] = max(largest[name], math.log2(most) if most else -math.inf)
             skipped += not update.applied
             file.write(json.dumps({"step": step} | update.values) + "\n")
@@ -123,7 +130,7 @@ def gradients(model: Transformer, batch: Any, scales: Tensor | None) -> tuple[di
     if scales is not None:
         model.scale_gradients(scales)
     model.zero_grad()
-    with watched(model) as seen:
+    with watched(model) as (seen, _):
         text, image = model(batch.text, batch.image)
         text_image_loss(text, image, batch.text, batch.image, 0.125, words_in(batch)).total.backward()
     activations = {name: torch.cat([tensor.flatten() for tensor in tensors]) for name, tensors in seen.items()}
@@ -135,7 +142,7 @@ def gradients(model: Transformer, batch: Any, scales: Tensor | None) -> tuple[di
 
 
 def probe(place: Place, data: Path, out: Path, reference: str) -> dict[str, Any]:
-    """The float32 run's last weights and one batch: per resblock the norm of its gradients, and for each of ROOMS the
+    """The float32 run's last weights and one batch: per resblock the norm of the gradient that enters it, and for each of ROOMS the
     share of zeros among activation gradients that are none in float32, and the error of parameter gradients."""
     config = config_of(data, "fp32")
     vocabulary, _ = open_vocabulary(Path(config.vocab))
@@ -145,7 +152,7 @@ def probe(place: Place, data: Path, out: Path, reference: str) -> dict[str, Any]
     model = Transformer(MODEL, sizes)
     model.load_state_dict(load_file(Path(reference) / WEIGHTS))
     true, wanted = gradients(model, batch, None)
-    norms = {name: tensor[len(tensor) // 2 :].norm().item() for name, tensor in true.items()}
+    norms = {name: tensor[: len(tensor) // 2].norm().item() for name, tensor in true.items()}
     limits = torch.tensor(limits_of(Path(reference)))
     found: dict[str, Any] = {"norms": norms, "one": {}, "own": {}}
     for kind, tops in (("one", limits.min().expand_as(limits)), ("own", limits)):

@@ -46,6 +46,9 @@ FREE = (
 )  # fmt: skip
 
 
+FREE_OF_DATA = ("readers", "max_bad_share")  # the same of a trainer's section `data`
+
+
 @dataclass(frozen=True)
 class Identity:
     """What must not change when a run is resumed: its settings, and the fingerprints of its inputs."""
@@ -73,6 +76,7 @@ class Run:
         self.place = place
         self.n_steps: int = config.n_steps
         settings = {key: value for key, value in to_dict(config).items() if key not in FREE + inputs}
+        settings["data"] = {key: value for key, value in settings["data"].items() if key not in FREE_OF_DATA}
         self.identity = Identity(kind, settings, made_from)
         folder = self.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, place, config.keep_last, config.keep_every, writers)

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.distributed_jobs import Row
-from kernels.low_rank import Method, orthogonalise, orthogonalise_each
+from kernels.low_rank import orthogonalise, orthogonalise_each
 
-# Ramesh et al. 2021, table 1 and section 2.5: the 12 billion parameter model, 8 shards, rank 896 over all of them;
-# 512 pictures to a machine of 8 GPUs would be 64 each, of which the smallest possible, one each, is taken.
+# Ramesh et al. 2021, table 1, section 2.5 and B.2: the 12 billion parameter model, rank 896 over 8 shards, and a
+# batch of 1024 pictures on 1024 GPUs.
 WIDTH, SHARDS, RANK = 3968, 8, 896 // 8
-SLOTS = 256 + 1024
-PICTURES = 8  # of a machine, one to a GPU: the fewest, so that a step is as short as it can be
+SLOTS = 256 + 1024  # of the one picture of a GPU
 ATTENTION = 1.0107  # scores of row layers add this to a layer's matrix products at this width
 PASSES = 4  # forward, forward again under checkpointing, backward twice
 BLOCK_ROWS = 1024  # of the product that tells the machine's rate
@@ -64,13 +63,12 @@ def compression_cost() -> Cost:
 def share_row() -> Row:
     """PowerSGD's arithmetic as a share of a step at 12 B: of its operations, and of its time at this machine's rate.
 
-    A machine of 8 GPUs computes its pictures' step together and each compresses its own shards; so a GPU's part of
-    the step is an eighth of the machine's.
+    A GPU takes its picture through whole layers and compresses its own shard of each. MKL computes both here.
     """
     a, b = torch.randn(BLOCK_ROWS, WIDTH), torch.randn(WIDTH, WIDTH)
     rate = 2 * BLOCK_ROWS * WIDTH**2 / best_seconds(lambda: a @ b)
     cost = compression_cost()
-    step = PICTURES / SHARDS * SLOTS * 2 * 12 * WIDTH**2 * PASSES * ATTENTION
+    step = SLOTS * 2 * 12 * WIDTH**2 * PASSES * ATTENTION
     share = cost.seconds / (step / rate)
     note = (
         f"1 picture a GPU: {share:.2%} of time, {cost.flops / step:.2%} of operations; "

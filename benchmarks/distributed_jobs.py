@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,46 +38,52 @@ class Failed(Exception):
     """A process of a row failed, or took too long; the text is one line."""
 
 
-def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """One thread a process: ranks share the machine's cores, and more threads would only wait for each other."""
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    return os.environ | ours | dict(more or {})
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
 def answers(commands: Sequence[Sequence[str]], seconds: float) -> list[str]:
     """What commands that run side by side print. All are ended, with their children, when one fails or time is up.
 
-    Raises Failed with the end of what the first of them to fail complained of.
+    Raises Failed with what the first of them to fail complained of.
     """
-    jobs = [
-        subprocess.Popen(
-            list(words), cwd=ROOT, env=environment(), text=True, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for words in commands
-    ]  # fmt: skip
-    printed = []
-    try:
-        for job in jobs:
-            out, complaint = job.communicate(timeout=seconds)
+    with ExitStack() as stack:
+        texts = [[stack.enter_context(TemporaryFile("w+", errors="replace")) for _ in range(2)] for _ in commands]
+        jobs = []
+        for words, (out, complaint) in zip(commands, texts, strict=True):
+            jobs.append(started(words, out, complaint))
+            stack.callback(end, jobs[-1])
+        deadline = time.monotonic() + seconds
+        while any(job.poll() is None for job in jobs) and not any(job.poll() for job in jobs):
+            if time.monotonic() > deadline:
+                raise Failed(f"took longer than {seconds:g} s")
+            time.sleep(0.05)
+        for job, (_, complaint) in zip(jobs, texts, strict=True):
             if job.returncode:
-                raise Failed(cause_in(complaint) or f"ended with exit code {job.returncode}")
-            printed.append(out)
-    except subprocess.TimeoutExpired:
-        raise Failed(f"took longer than {seconds:g} s") from None
-    finally:
-        for job in jobs:
-            end(job)
-    return printed
+                complaint.seek(0)
+                raise Failed(cause_in(complaint.read()) or f"ended with exit code {job.returncode}")
+        for out, _ in texts:
+            out.seek(0)
+        return [out.read() for out, _ in texts]
 
 
-def end(job: subprocess.Popen[str]) -> None:
-    """Kill a job's whole session, if anything of it is left."""
+def started(words: Sequence[str], out: IO[str], complaint: IO[str]) -> subprocess.Popen[bytes]:
+    """A process at the head of a session of its own; Failed if there is no such program."""
     try:
+        return subprocess.Popen(
+            list(words), cwd=ROOT, env=environment(), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=complaint,
+        )  # fmt: skip
+    except OSError as error:
+        raise Failed(str(error)) from None
+
+
+def end(job: subprocess.Popen[bytes]) -> None:
+    """Kill a job's whole session, if anything of it is left."""
+    with suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    job.communicate()
+    job.wait()
 
 
 def cause_in(complaint: str) -> str:

@@ -1,6 +1,6 @@
 """One rank of a job that benchmarks/distributed.py starts: counts bytes on the wire, times steps; rank 0 prints JSON.
 
-    torchrun --standalone --nproc-per-node 4 -m benchmarks.distributed_ranks bytes
+torchrun --standalone --nproc-per-node 4 -m benchmarks.distributed_ranks bytes
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cluster.topology import Seat, Topology
 from data_pipeline.loader import LoaderConfig, TokenBatch, words_in
 from pretrain.config import OptimConfig, TrainConfig, TransformerConfig
 from pretrain.engine import Engine
-from pretrain.engine_replicas import average, block_of, power_sgd
+from pretrain.engine_replicas import block_of, power_sgd
 from pretrain.engine_shards import Piece
 from pretrain.model import Sizes, Transformer, text_image_loss
 from pretrain.optim import decay_groups
@@ -61,7 +61,7 @@ SHAPES = {
     # pretrain/configs/emoji.toml, with its data's vocabulary
     "tiny": Shape(TransformerConfig(n_text=16, n_layers=4, n_heads=4, d_head=64), Sizes(1536, 1024, 8), 32),
     "small": Shape(TransformerConfig(n_text=32, n_layers=8, n_heads=8, d_head=64), Sizes(4096, 4096, 16), 8),
-    "network": Shape(TransformerConfig(n_text=8, n_layers=4, n_heads=16, d_head=64, conv_kernel=3), SMALL_VOCABULARY, 4),
+    "network": Shape(TransformerConfig(n_text=8, n_layers=4, n_heads=16, conv_kernel=3), SMALL_VOCABULARY, 4),
 }  # fmt: skip
 
 
@@ -71,7 +71,9 @@ def tapped(group: dist.ProcessGroup) -> Iterator[list[float]]:
     sent: list[float] = []
     others = dist.get_world_size(group) - 1
     shares = {  # of the bytes handed in
-        "all_reduce": 2 * others / (others + 1), "all_to_all_single": others / (others + 1), "all_gather_single": others,
+        "all_reduce": 2 * others / (others + 1),
+        "all_to_all_single": others / (others + 1),
+        "all_gather_single": others,
     }  # fmt: skip
     doors = {name: getattr(dist, name) for name in shares}
 
@@ -98,10 +100,9 @@ def engine_bytes(place: Place) -> dict[str, float]:
     for rank in (0, BYTES_RANK):
         power = PowerSGDConfig(rank=rank, start_step=0, wire="fp32")
         engine = Engine(BYTES.config(zero_stage=3, zero_shards=2, power_sgd=power), BYTES.sizes, place)
-        assert engine._seat.replica_group is not None and engine._replicas is not None
+        assert engine._seat.replica_group is not None
         with tapped(engine._seat.replica_group) as bytes_sent:
             engine.step(0, BYTES.tokens(place))
-        assert engine._replicas.bytes_sent == sum(bytes_sent)
         sent[rank] = sum(bytes_sent)
     d, n_layers, m = BYTES.model.d_model, BYTES.model.n_layers, 2
     matrices = 4 * 12 * d**2 * n_layers / m
@@ -125,7 +126,7 @@ def shard_bytes(place: Place) -> dict[str, float]:
         for name, rows in weights.items()
     ]
     with tapped(group) as bytes_sent:
-        average(power, place, [block_of("layers.0", pieces)])
+        power.compress(block_of("layers.0", pieces))
     assert power.bytes_sent == sum(bytes_sent)
     whole = sum(piece.gradient.nbytes for piece in pieces)
     return {"share": sum(bytes_sent) / whole, "formula": rank * (m + 2) / (2 * d * m), "whole": whole}
@@ -185,22 +186,23 @@ def ddp(place: Place, name: str, rounds: str, steps: str) -> dict[str, Any]:
     return {"ratios": ratios} | {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def network(place: Place, rank: str, rounds: str, link: str) -> dict[str, Any]:
-    """Steps of 2 replicas of 2 shards with and without compression, and the bytes that crossed the link each way."""
+def network(place: Place, shards: str, rank: str, rounds: str, link: str) -> dict[str, Any]:
+    """Steps of 2 replicas with and without compression, seconds round by round; the bytes that crossed the link each
+    way, and this rank's CPU seconds of a compressed step. In bfloat16, so that weights are gathered in few bytes."""
     shape, works = SHAPES["network"], {}
     batch = shape.tokens(place)
     for name, r in (("whole", 0), ("compressed", int(rank))):
-        config = shape.config(zero_stage=3, zero_shards=2, power_sgd=PowerSGDConfig(rank=r, start_step=0))
+        power = PowerSGDConfig(rank=r, start_step=0)
+        config = replace(shape.config(zero_stage=3, zero_shards=int(shards), power_sgd=power), precision="bf16")
         works[name] = steps_of(Engine(config, shape.sizes, place), batch)
     seconds = in_turns(works, int(rounds), 1)
     counter = Path("/sys/class/net") / link / "statistics/tx_bytes"
-    crossed = {}
+    crossed, cpu = {}, 0.0
     for name, work in works.items():
-        before = int(counter.read_text())
+        before, cpu_before = int(counter.read_text()), time.process_time()
         timed(work, 1)
-        crossed[name] = int(counter.read_text()) - before
-    ratios = [whole / thin for whole, thin in zip(seconds["whole"], seconds["compressed"], strict=True)]
-    return {"ratios": ratios, "bytes": crossed} | {key: statistics.median(values) for key, values in seconds.items()}
+        crossed[name], cpu = int(counter.read_text()) - before, time.process_time() - cpu_before
+    return {"bytes": crossed, "cpu": cpu} | seconds
 
 
 WORK: dict[str, Callable[..., dict[str, Any]]] = {

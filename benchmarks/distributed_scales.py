@@ -37,11 +37,12 @@ STEPS, BATCH, LOOK_EVERY = 200, 32, 10
 OPTIM = OptimConfig(lr=2e-3, warmup_steps=40, weight_decay=0.1, clip=1.0)
 LARGEST = math.log2(torch.finfo(torch.float16).max)
 ROOMS = (2, 4, 8, 12, 16, 18, 20, 22, 24, 26, 28, 30)
-STRESS = 28  # bits below overflow at which the two are also trained
+SETTLED = 2  # bits below overflow to begin at where a scale would be after thousands of updates
+STRESS = 26  # and where one scale would be if gradients spread so much wider
 FINE = 0.1  # relative error of a resblock's parameter gradient
 
 
-def config_of(data: Path, kind: str) -> TrainConfig:
+def config_of(data: Path, kind: precision.Precision) -> TrainConfig:
     return TrainConfig(
         tokens=str(data / "tokens"), vocab=str(data / "vocab"), n_steps=STEPS, precision=kind, bpe_dropout=0.0,
         caption_dropout=0.0, model=MODEL, optim=OPTIM, data=LoaderConfig(batch=BATCH),
@@ -93,7 +94,9 @@ def begin_at(engine: Engine, limits: list[float], room: float) -> None:
     scales.restore(state | {"log2": [limit - room for limit in limits]})
 
 
-def train(place: Place, data: Path, out: Path, kind: str, room: str = "", reference: str = "") -> dict[str, Any]:
+def train(
+    place: Place, data: Path, out: Path, kind: precision.Precision, room: str = "", reference: str = ""
+) -> dict[str, Any]:
     """STEPS updates; OUT gets metrics.jsonl, the weights, and in float32 the largest gradients of each resblock."""
     config = config_of(data, kind)
     vocabulary, _ = open_vocabulary(Path(config.vocab))
@@ -142,8 +145,8 @@ def gradients(model: Transformer, batch: Any, scales: Tensor | None) -> tuple[di
 
 
 def probe(place: Place, data: Path, out: Path, reference: str) -> dict[str, Any]:
-    """The float32 run's last weights and one batch: per resblock the norm of the gradient that enters it, and for each of ROOMS the
-    share of zeros among activation gradients that are none in float32, and the error of parameter gradients."""
+    """The float32 run's last weights and one batch: of each resblock the norm of the gradient that enters it, and for
+    each of ROOMS the share of its activation gradients that become 0, and the error of its parameter gradients."""
     config = config_of(data, "fp32")
     vocabulary, _ = open_vocabulary(Path(config.vocab))
     shards = open_tokens(config, "train")

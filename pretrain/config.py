@@ -119,6 +119,8 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.zero_shards and self.zero_stage != 3:
             raise SettingError(f"zero_shards={self.zero_shards} needs zero_stage=3: its shards are rows of matrices")
+        if self.zero_shards and self.on_overflow == "block":
+            raise SettingError("on_overflow=block does not go with zero_shards: replicas leave out whole updates only")
         if self.power_sgd.rank and self.offload_optimizer:
             raise SettingError(
                 f"power_sgd.rank={self.power_sgd.rank} and offload_optimizer=true do not go together: updates are made "

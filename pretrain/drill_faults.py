@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 
@@ -37,8 +37,9 @@ def kill(run: DrilledRun, random: Random, strike: Strike) -> None:
     """SIGKILL of all processes of a run at a random moment, its start included."""
     leg = run.start()
     if random.random() < 0.2:
-        time.sleep(random.uniform(0, START_SECONDS))
-        strike.how = "before its first step"
+        seconds = random.uniform(0, START_SECONDS)
+        strike.how = f"{seconds:.2f} s after its start"
+        time.sleep(seconds)
     else:
         to_random_moment(run, leg, random)
     put_down(run, leg, strike)
@@ -58,12 +59,9 @@ def kill_rank(run: DrilledRun, random: Random, strike: Strike) -> None:
     to_random_moment(run, leg, random)
     number = random.randrange(run.layout.processes)
     strike.how = f"rank {number} of {run.layout.processes}"
-    try:
+    with suppress(psutil.NoSuchProcess):  # `ended` finds out how it ended
         leg.ranks[number].kill()
-    except psutil.NoSuchProcess:
-        run.wait(leg)
-        raise Missed from None
-    ended(run, leg, strike, END_SECONDS)
+    outlived(run, leg, strike)
 
 
 def kill_rank_in_save(run: DrilledRun, random: Random, strike: Strike) -> None:
@@ -71,7 +69,7 @@ def kill_rank_in_save(run: DrilledRun, random: Random, strike: Strike) -> None:
     leg = run.start(accidents=[save_accident(run, random, strike, random.randrange(run.layout.processes))])
     run.reach(leg, 0)
     leg.until(leg.has_lost_a_rank, "the loss of a rank")
-    ended(run, leg, strike, END_SECONDS)
+    outlived(run, leg, strike)
 
 
 def damage_checkpoint(run: DrilledRun, random: Random, strike: Strike) -> None:
@@ -167,10 +165,17 @@ def to_random_moment(run: DrilledRun, leg: Leg, random: Random) -> None:
 
 def put_down(run: DrilledRun, leg: Leg, strike: Strike) -> None:
     """SIGKILL to all of a start."""
-    if leg.process.poll() is not None:
-        raise Missed
     leg.kill()
     ended(run, leg, strike)
+    if strike.exit != -signal.SIGKILL:
+        raise NotSurvived(f"ended by itself with {strike.exit}: {leg.last_words()}")
+
+
+def outlived(run: DrilledRun, leg: Leg, strike: Strike) -> None:
+    """A rank is lost: the others end by themselves, and soon."""
+    started = time.monotonic()
+    ended(run, leg, strike, END_SECONDS)
+    strike.how += f"; the rest ended in {time.monotonic() - started:.1f} s"
 
 
 def kill_once_saved(run: DrilledRun, random: Random, strike: Strike) -> None:
@@ -219,7 +224,8 @@ def save_accident(run: DrilledRun, random: Random, strike: Strike, rank: int) ->
 def limit_files(leg: Leg, n_bytes: int) -> None:
     """From now on no file of these processes may grow beyond this."""
     for rank in leg.ranks:
-        rank.rlimit(psutil.RLIMIT_FSIZE, (n_bytes, psutil.RLIM_INFINITY))
+        with suppress(psutil.Error):  # it is over: who waits for something of it will see
+            rank.rlimit(psutil.RLIMIT_FSIZE, (n_bytes, psutil.RLIM_INFINITY))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from typing import Any
 from cluster import snapshot
 from cluster.checkpoint import REPLACED, SEAL, found_in, verify
 from cluster.command import run_command
-from cluster.power_sgd import PowerSGD
 from cluster.process import Place, launched_rank
 from cluster.run import Run
 from cluster.snapshot import SnapshotWriter
@@ -84,13 +83,11 @@ def spoil_gradients(steps: list[int]) -> None:
     """A NaN in one gradient of each of these updates, whenever they are done."""
     settle = Settlement.settle
 
-    def spoilt(
-        self: Settlement, number: int, losses: dict[str, float], sums: dict[str, float], replicas: PowerSGD | None
-    ) -> Update:
+    def spoilt(self: Settlement, number: int, losses: dict[str, float], sums: dict[str, float]) -> Update:
         if number in steps:
             pieces = [piece for group in self.shards.pieces() for piece in group]
             pieces[number % len(pieces)].gradient[0] = math.nan
-        return settle(self, number, losses, sums, replicas)
+        return settle(self, number, losses, sums)
 
     Settlement.settle = spoilt  # type: ignore[method-assign]
 
@@ -99,12 +96,10 @@ def leave_out(steps: list[int]) -> None:
     """These updates are computed, found sound, and not applied: what `spoil_gradients` should come to. One process."""
     settle = Settlement.settle
 
-    def left_out(
-        self: Settlement, number: int, losses: dict[str, float], sums: dict[str, float], replicas: PowerSGD | None
-    ) -> Update:
+    def left_out(self: Settlement, number: int, losses: dict[str, float], sums: dict[str, float]) -> Update:
         if number in steps:
             return self._leave_out(Update(losses, sums), bad=())
-        return settle(self, number, losses, sums, replicas)
+        return settle(self, number, losses, sums)
 
     Settlement.settle = left_out  # type: ignore[method-assign]
 

@@ -46,12 +46,13 @@ class Engine:
         self._optimizer = started.optimizer
         self._names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._shards = Shards(self._engine.optimizer, self._names)
-        self._settlement = Settlement(config, place, self._shards, list(self.model.resblocks()))
-        if self._settlement.scales:
-            self.model.scale_gradients(self._settlement.scales.values)
         self._replicas: PowerSGD | None = None
         if self.topology.n_replicas > 1:
             self._replicas = power_sgd(config.power_sgd, self._seat, place.device, config.seed)
+        resblocks = list(self.model.resblocks())
+        self._settlement = Settlement(config, place, self._shards, resblocks, self._replicas)
+        if self._settlement.scales:
+            self.model.scale_gradients(self._settlement.scales.values)
         self._schedule = Schedule(config.optim, config.n_steps)
         self._average: Average | None = None
         if config.optim.average_every:
@@ -67,12 +68,11 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         losses = self._backward(batch)
-        update = self._settlement.settle(number, losses, batch.seen.sums, self._replicas)
+        update = self._settlement.settle(number, losses, batch.seen.sums)
         if self._average:
             self._average.before_step()
         self._engine.step()
-        if self._replicas and update.applied:
-            self._replicas.finish()
+        self._settlement.close(update)
         if self._average:
             self._average.update(number, self._shards.masters)
         self._schedule.learn(number, update.values[LOSS])

@@ -6,7 +6,8 @@ one kind. The MLP's second weight is stored inputs first, as in table 2 of the p
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -49,15 +50,77 @@ def block_of(name: str, pieces: Sequence[Piece]) -> Block:
     return Block(matrices, plain)
 
 
-def average(power: PowerSGD, place: Place, blocks: Sequence[Block]) -> float:
-    """Bring every gradient together over the replicas: those sent whole become their means, of the others the
-    factors are known. Returns the norm of the mean gradient, infinite if a factor was not finite: then, as whenever
-    nothing is to be updated, `power.skip` ends the update. Collective over all ranks."""
-    for block in blocks:
-        power.compress(block)
-    decision = power.decide()
-    squared = sum_over_ranks(place, {"squared": decision.squared_norm})["squared"]
-    return math.sqrt(squared / power.seat.topology.n_replicas)
+class Replicas:
+    """Averages gradients between replicas, a resblock as soon as the backward pass has made all of it.
+
+    On a GPU on a stream of its own, beside the rest of the backward pass (Ramesh et al. 2021, E.2: steps 3 to 8 of
+    one block run during step 2 of the next).
+    """
+
+    def __init__(
+        self, power: PowerSGD, place: Place, resblocks: Mapping[str, str], divisors: Mapping[str, Tensor]
+    ) -> None:
+        """resblocks: of each parameter, by name; divisors: the gradient scale of each resblock that has one."""
+        self.power, self._place, self._resblocks, self._divisors = power, place, resblocks, divisors
+        self._stream = torch.cuda.Stream(place.device) if place.device.type == "cuda" else None
+        self._sizes = Counter(resblocks.values())
+        self._begin()
+
+    def meet(self, pieces: list[Piece]) -> None:
+        """Gradients are complete within the node; what that completes is unscaled and sent. Collective, at last."""
+        for piece in pieces:
+            block = self._resblocks[piece.name]
+            waiting = self._waiting.setdefault(block, [])
+            waiting.append(piece)
+            if len(waiting) == self._sizes[block]:
+                self._send(block, waiting)
+
+    def squared_norms(self, pieces: list[Piece]) -> dict[str, float]:
+        """After the backward pass: of each resblock's gradients on this rank before averaging, still scaled. pieces:
+        all there are, of which those that were not met yet are."""
+        met = {piece.name for block in self._waiting.values() for piece in block}
+        self.meet([piece for piece in pieces if piece.name not in met])
+        if self._stream is not None:
+            torch.cuda.current_stream(self._place.device).wait_stream(self._stream)
+        return dict(zip(self._squares, torch.stack(list(self._squares.values())).tolist(), strict=True))
+
+    def norm(self) -> float:
+        """The global norm of the mean gradient; infinite if a factor or a gradient was not finite. Collective."""
+        decision = self.power.decide()
+        squared = sum_over_ranks(self._place, {"squared": decision.squared_norm})["squared"]
+        return math.sqrt(squared / self.power.seat.topology.n_replicas)
+
+    def finish(self, applied: bool) -> None:
+        """The update is over; if it was not applied its gradients are dropped. `norm` went before."""
+        if applied:
+            self.power.finish()
+        else:
+            self.power.skip()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waiting: dict[str, list[Piece]] = {}
+        self._squares: dict[str, Tensor] = {}
+
+    def _send(self, block: str, pieces: list[Piece]) -> None:
+        order = sorted(pieces, key=lambda piece: piece.name)  # whatever buckets they came in
+        if self._stream is None:
+            self._compress(block, order)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._place.device))
+        with torch.cuda.stream(self._stream):
+            self._compress(block, order)
+
+    def _compress(self, block: str, pieces: list[Piece]) -> None:
+        """A resblock with a gradient that is not finite adds nothing to the error buffers."""
+        gradients = [piece.gradient for piece in pieces]
+        norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+        self._squares[block] = norms.double().square().sum()
+        is_finite = self._squares[block].isfinite()
+        factor = 1 / self._divisors[block] if block in self._divisors else torch.ones_like(norms[0])
+        for gradient in gradients:
+            gradient.copy_(torch.where(is_finite, gradient * factor, 0.0))
+        self.power.compress(block_of(block, pieces))
 
 
 def factors_of(power: PowerSGD) -> dict[str, list[Factors]]:

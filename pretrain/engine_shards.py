@@ -14,12 +14,13 @@ from torch import Tensor
 from cluster.settings import UserError
 from pretrain.adamw import AdamW, Factors
 
+GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"  # ds_id -> this rank's gradient
 BOTH = ("averaged_gradients", "_optimizer_step")
 STAGE_3 = (
     "fp16_groups", "fp32_partitioned_groups_flat", "offload_optimizer", "_get_norm_groups",
     "_reassign_or_swap_out_partitioned_parameters", "grad_position", "get_param_id", "checkpoint_event_prologue",
     "checkpoint_event_epilogue",
-    "sub_group_to_group_id",
+    "sub_group_to_group_id", "partition_grads", "is_gradient_accumulation_boundary", GRADIENTS,
 )  # fmt: skip
 STAGE_1_AND_2 = (
     "bit16_groups", "params_in_partition", "single_partition_of_fp32_groups", "cpu_offload", "scaled_global_norm",
@@ -74,6 +75,26 @@ class Shards:
             return [[self._piece_3(number, *pair) for pair in enumerate(group)] for number, group in enumerate(groups)]
         return [self._pieces_12(number, group) for number, group in enumerate(self._optimizer.params_in_partition)]
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Are gradients and weights in the CPU's memory while the model is elsewhere?"""
+        return bool(self._optimizer.offload_optimizer if self._is_stage_3 else self._optimizer.cpu_offload)
+
+    def tell_when_reduced(self, tell: Callable[[list[Piece]], None]) -> None:
+        """At stage 3, not offloaded: call during the last backward pass before a step, whenever pieces are complete,
+        in the same order on all ranks. On a GPU the current stream is then that in which they were reduced."""
+        optimizer = self._optimizer
+        partition: Callable[[list[Any], list[Tensor]], Any] = optimizer.partition_grads
+
+        def partition_and_tell(parameters: list[Any], partitions: list[Tensor]) -> Any:
+            answer = partition(parameters, partitions)
+            if optimizer.is_gradient_accumulation_boundary():
+                gradients = getattr(optimizer, GRADIENTS)
+                tell([self._piece(parameter, gradients[parameter.ds_id].view(-1)) for parameter in parameters])
+            return answer
+
+        optimizer.partition_grads = partition_and_tell
+
     def skip(self, groups: Collection[int]) -> None:
         """Leave these groups out of the coming step: neither their weights nor their moments move."""
         self._skipped = groups
@@ -100,6 +121,9 @@ class Shards:
             gradient = self._offloaded(group).narrow(0, int(at), int(size))
         else:
             gradient = optimizer.averaged_gradients[group][number].view(-1)
+        return self._piece(parameter, gradient)
+
+    def _piece(self, parameter: Any, gradient: Tensor) -> Piece:
         return Piece(self._names[id(parameter)], tuple(parameter.ds_shape), gradient)
 
     def _pieces_12(self, group: int, parameters: Sequence[Any]) -> list[Piece]:

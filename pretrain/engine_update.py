@@ -15,7 +15,7 @@ from cluster.process import Place, sum_over_ranks
 from cluster.spikes import SpikeWatch
 from pretrain.bad_numbers import some
 from pretrain.config import TrainConfig
-from pretrain.engine_replicas import average, block_of, factors_of
+from pretrain.engine_replicas import Replicas, factors_of
 from pretrain.engine_shards import Piece, Shards
 from pretrain.optim import REST, resblock_of
 from pretrain.precision import GradientScales
@@ -46,7 +46,10 @@ class Update:
 class Settlement:
     """Decides about each update and prepares the gradients of those that are applied."""
 
-    def __init__(self, config: TrainConfig, place: Place, shards: Shards, resblocks: Sequence[str]) -> None:
+    def __init__(
+        self, config: TrainConfig, place: Place, shards: Shards, resblocks: Sequence[str], power: PowerSGD | None
+    ) -> None:
+        """power: what averages between replicas, if there are any."""
         self.config, self.place, self.shards = config, place, shards
         self.blocks = [*resblocks, REST]
         self._block_of_group = [resblock_of(names[0], self.blocks) for names in shards.group_names]
@@ -54,17 +57,24 @@ class Settlement:
         if config.precision.startswith("fp16"):
             self.scales = GradientScales(resblocks, config.precision == "fp16-global", place.device)
         self.spikes = {LOSS: SpikeWatch(), NORM: SpikeWatch()}
+        self.replicas: Replicas | None = None
+        if power:
+            owners = {name: resblock_of(name, self.blocks) for names in shards.group_names for name in names}
+            divisors = dict(zip(resblocks, self.scales.values, strict=True)) if self.scales else {}
+            self.replicas = Replicas(power, place, owners, divisors)
+            if not shards.is_offloaded:
+                shards.tell_when_reduced(self.replicas.meet)
 
-    def settle(
-        self, number: int, losses: dict[str, float], sums: dict[str, float], replicas: PowerSGD | None
-    ) -> Update:
+    def settle(self, number: int, losses: dict[str, float], sums: dict[str, float]) -> Update:
         """Make the coming DeepSpeed step the right one for update `number`, with parts of it or all left out.
 
-        losses: this rank's; sums: to be summed over the ranks as well; replicas: what averages between them. One
-        look at the gradients serves two questions: a resblock's squared norm is finite only if all of them are.
+        losses: this rank's; sums: to be summed over the ranks as well. One look at the gradients serves two
+        questions: a resblock's squared norm is finite only if all of them are.
         """
         groups = self.shards.pieces()
-        told = sum_over_ranks(self.place, losses | sums | self._squared_norms(groups))
+        norms = self._squared_norms(groups)
+        told = sum_over_ranks(self.place, losses | sums | norms)
+        norm = self.replicas.norm() if self.replicas else 0.0
         values = {tag: told[tag] / self.place.world_size for tag in losses}
         update = Update(values, {tag: told[tag] for tag in sums})
         is_bad = {block: not math.isfinite(told[block]) for block in self.blocks}
@@ -73,29 +83,33 @@ class Settlement:
             divisors |= dict(zip(self.blocks, self.scales.values.tolist(), strict=False))
             self.scales.learn(number, [is_bad[block] for block in self.blocks[:-1]])
         elif any(is_bad.values()) or not math.isfinite(values[LOSS]):
-            bad = [p.name for pieces in groups for p in pieces if not bool(p.gradient.isfinite().all())]
-            return self._leave_out(update, bad=tuple(bad))
+            return self._leave_out(update, bad=self._bad_gradients(groups, norms))
         overflowed = tuple(block for block in self.blocks if is_bad[block])
         if self.scales and (overflowed or number % SCALES_EVERY == 0):
             values |= self.scales.metrics()
         if overflowed and self.config.on_overflow == "update":
             return self._leave_out(update, left_out=overflowed)
         pieces = self._pieces_of_blocks(groups, [block for block in self.blocks if block not in overflowed])
-        squared = sum(told[block] / divisors[block] ** 2 for block in pieces)
-        norm = math.sqrt(squared) if replicas is None else self._between_replicas(replicas, pieces, divisors)
+        if self.replicas:
+            divisors = dict.fromkeys(self.blocks, 1.0)  # undone before they were sent
+        else:
+            norm = math.sqrt(sum(told[block] / divisors[block] ** 2 for block in pieces))
         spike = "" if math.isinf(norm) else self._spike(values | {NORM: norm})
         if math.isinf(norm) or (spike and self.config.on_spike == "skip"):
-            if replicas:
-                replicas.skip()
             left_out = ("what is sent between replicas",) if math.isinf(norm) else ()
             return self._leave_out(update, left_out=left_out, spike=spike)
         values[NORM] = norm
         clip = min(1.0, self.config.optim.clip / (norm + 1e-6))
         multiply(pieces, {block: clip / divisors[block] for block in pieces})
-        if replicas:
-            self.shards.take_factors(factors_of(replicas), clip)
+        if self.replicas:
+            self.shards.take_factors(factors_of(self.replicas.power), clip)
         self.shards.skip([group for group, block in enumerate(self._block_of_group) if block in overflowed])
         return Update(values, update.sums, True, overflowed, spike=spike)
+
+    def close(self, update: Update) -> None:
+        """After DeepSpeed's step."""
+        if self.replicas:
+            self.replicas.finish(update.applied)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
@@ -108,17 +122,15 @@ class Settlement:
         if self.scales and state["scales"]:
             self.scales.restore(state["scales"])
 
-    def _between_replicas(
-        self, replicas: PowerSGD, pieces: dict[str, list[Piece]], divisors: dict[str, float]
-    ) -> float:
-        """Unscale the gradients, which changes `divisors`, and average them; their norm."""
-        multiply(pieces, {block: 1 / divisors[block] for block in pieces})
-        divisors |= dict.fromkeys(divisors, 1.0)
-        return average(replicas, self.place, [block_of(*item) for item in pieces.items()])
-
     def _leave_out(self, update: Update, **why: Any) -> Update:
         self.shards.skip(range(len(self._block_of_group)))
         return Update(update.values, update.sums, False, **why)
+
+    def _bad_gradients(self, groups: list[list[Piece]], norms: dict[str, float]) -> tuple[str, ...]:
+        """Names of this rank's gradients that are not finite; with replicas of all in a resblock that has one."""
+        owners = zip(self._block_of_group, groups, strict=True)
+        suspects = [piece for block, pieces in owners if not math.isfinite(norms[block]) for piece in pieces]
+        return tuple(piece.name for piece in suspects if self.replicas or not bool(piece.gradient.isfinite().all()))
 
     def _spike(self, values: dict[str, float]) -> str:
         spikes = {tag: watch.judge(values[tag]) for tag, watch in self.spikes.items()}
@@ -133,6 +145,8 @@ class Settlement:
 
     def _squared_norms(self, groups: list[list[Piece]]) -> dict[str, float]:
         """The squared norm of this rank's gradients, resblock by resblock."""
+        if self.replicas:
+            return self.replicas.squared_norms([piece for pieces in groups for piece in pieces])
         gradients = [piece.gradient for pieces in groups for piece in pieces]
         owners = [block for block, pieces in zip(self._block_of_group, groups, strict=True) for _ in pieces]
         sums = dict.fromkeys(self.blocks, 0.0)

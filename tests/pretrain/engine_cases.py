@@ -20,6 +20,7 @@ from cluster.weights import WEIGHTS
 from data_pipeline.loader import PAD, LoaderConfig, TokenBatch
 from pretrain.config import OptimConfig, TrainConfig, TransformerConfig
 from pretrain.engine import Engine
+from pretrain.engine_shards import Piece
 from pretrain.engine_update import Update
 from pretrain.model import Sizes
 from pretrain.optim import resblock_of
@@ -42,19 +43,31 @@ class Case:
 
 
 def inject_inf(engine: Engine, step: int) -> None:
-    """An Inf in one gradient of one resblock on one rank."""
-    pieces_of = engine._shards.pieces
+    """An Inf in one gradient of one resblock on one rank, as soon as it is averaged within the shard group."""
     if step != INJECTED_AT or engine.place.rank != INJECTED_ON:
         return
+    replicas, shards = engine._settlement.replicas, engine._shards
+    if replicas:
+        send = replicas._send
 
-    def spoilt() -> list[Any]:
+        def send_spoilt(block: str, pieces: list[Piece]) -> None:
+            if block == INJECTED_INTO:
+                replicas._send = send  # type: ignore[method-assign]
+                pieces[0].gradient[0] = torch.inf
+            send(block, pieces)
+
+        replicas._send = send_spoilt  # type: ignore[method-assign]
+        return
+    pieces_of = shards.pieces
+
+    def spoilt() -> list[list[Piece]]:
         groups = pieces_of()
-        engine._shards.pieces = pieces_of  # type: ignore[method-assign]
+        shards.pieces = pieces_of  # type: ignore[method-assign]
         piece = next(piece for group in groups for piece in group if piece.name.startswith(INJECTED_INTO))
         piece.gradient[0] = torch.inf
         return groups
 
-    engine._shards.pieces = spoilt  # type: ignore[method-assign]
+    shards.pieces = spoilt  # type: ignore[method-assign]
 
 
 def overflow_factor(engine: Engine, step: int) -> None:

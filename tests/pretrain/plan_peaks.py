@@ -102,8 +102,7 @@ def be_rank(rank: int, case: Case, port: int, answer: Connection) -> None:
     engine_start.deepspeed_settings = with_limits
     torch.manual_seed(0)
     with joined_place(timeout_minutes=1.0) as place:
-        few = TransformerConfig(n_text=8, n_layers=2, n_heads=2, d_head=8, conv_kernel=3)
-        train(replace(config, model=few), Sizes(20, 12, 4), place)
+        train(replace(config, model=replace(config.model, n_layers=1)), SIZES, place)
         gc.collect()
         limits = case.limits
         before = virtual("VmSize")

@@ -79,6 +79,8 @@ class Checkpoints:
                 return False
             problem = self._write(write, tag)
             words = (step, json.dumps(about), problem)
+            if self.place.rank not in self.writers:
+                return background or self.wait()
             if background:
                 self._thread = threading.Thread(target=self._finish, args=words, name=f"save {tag}")
                 self._thread.start()
@@ -135,9 +137,7 @@ class Checkpoints:
         return self.writer.problem
 
     def _finish(self, step: int, about: str, problem: str) -> None:
-        """What follows `write` on each rank, perhaps in its thread: files, note, and on rank 0 the seal."""
-        if self.place.rank not in self.writers:
-            return
+        """What follows `write` on each rank that writes, perhaps in its thread: files, note, on rank 0 the seal."""
         tag = f"global_step{step}"
         files: dict[str, Any] = {}
         if not problem:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from cluster.command import shown
 from cluster.manifest import FolderError, Manifest, fingerprint_of
+from data_pipeline.folders import Folder, open_folders
 from data_pipeline.remote import CacheConfig, plain
 from data_pipeline.remote_cache import RemoteFile, write_whole
 from data_pipeline.shards import Place, Shard, ShardError, checked_places, compression_of, plain_key, walk
@@ -64,6 +65,14 @@ class ForeignFolder:
     def shards(self, split: str) -> list[Shard]:
         """The split's shards in the order of `open_foreign`."""
         return self._shards[split]
+
+
+def open_images(images: str, heldout: str, index_folder: Path, cache: CacheConfig) -> list[Folder]:
+    """Picture shards that a trainer's settings name: finished images/ folders, or with `heldout` tars made by others,
+    whose indexes are kept in `index_folder`. Raises what `open_folders` and `ForeignFolder` do."""
+    if heldout:
+        return [ForeignFolder(images, heldout, index_folder, cache)]
+    return open_folders(images, "images", cache)
 
 
 def index_of(tar: Path | RemoteFile, cache_folder: Path) -> Shard:

@@ -25,6 +25,7 @@ from cluster.manifest import NAME as MANIFEST
 from cluster.manifest import FolderError
 from cluster.settings import SettingError, setting
 from data_pipeline.folders import Shards, open_folders
+from data_pipeline.foreign import open_images
 from data_pipeline.mixture import Mixture, order_of
 from data_pipeline.order import Order
 from data_pipeline.remote import CacheConfig
@@ -83,6 +84,8 @@ def open_shards(run: Path, data: str) -> Shards:
     if kind is None:
         raise FolderError(f"{path} names no {' or '.join(KINDS)}, so there is no order to compare with")
     try:
+        if heldout := settings.get("heldout_images"):  # tars made by others
+            return Shards(open_images(data or settings[kind], heldout, run / "indexes", CacheConfig()), kind, "train")
         return Shards(open_folders(data or settings[kind], kind, CacheConfig(), whole=False), kind, "train")
     except FolderError as error:
         raise FolderError(f"{error} (if the shards of {run} are elsewhere: data=FOLDER)") from None

@@ -6,6 +6,7 @@ from typing import Literal
 from cluster.run import RunConfig
 from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
+from data_pipeline.remote import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ScheduleConfig:
 class DvaeTrainConfig(RunConfig):
     """A run of the discrete VAE."""
 
-    images: str = setting("data/images", "image shards, from `smalti preprocess`")
+    images: str = setting("data/images", "image shards, from `smalti preprocess`; several folders with :: between")
+    heldout_images: str = setting("", "tars of held-out pictures, where `images` are not ours but any WebDataset tars")
     out: str = setting("runs/dvae", "run folder to write")
     n_steps: int = setting(3_000_000, "updates (the paper: 3000000)")
     seed: int = setting(0, "decides initial weights and noise")
@@ -82,6 +84,7 @@ class DvaeTrainConfig(RunConfig):
     model: DvaeConfig = section(DvaeConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     data: LoaderConfig = section(LoaderConfig)
+    cache: CacheConfig = section(CacheConfig)
 
     def __post_init__(self) -> None:
         if self.start == "seeded" and self.model.n_groups != 1:

@@ -23,7 +23,9 @@ from cluster.process import Place, lone_place
 from cluster.run import Run, due
 from cluster.settings import UserError, from_dict
 from cluster.weights import WEIGHTS, load_state, load_weights, save_state, save_weights
-from data_pipeline.loader import ImageBatches, Shards, first_pictures
+from data_pipeline.folders import Shards
+from data_pipeline.foreign import open_images
+from data_pipeline.loader import ImageBatches, first_pictures
 from data_pipeline.order import GUMBEL, counter_random
 from dvae.config import DvaeConfig, DvaeTrainConfig
 from dvae.likelihood import logit_laplace_nats, map_pixels
@@ -105,12 +107,13 @@ def effective_kl_weight(config: DvaeConfig, beta: float) -> float:
 def train(config: DvaeTrainConfig) -> None:
     """Run the stage; see the module's text."""
     place = lone_place()
-    shards = Shards(Path(config.images), "images", "train")
-    run = Run(config, "dvae", ("images",), {"images": shards.manifest.fingerprint}, place)
+    folders = open_images(config.images, config.heldout_images, Path(config.out) / "indexes", config.cache)
+    shards = Shards(folders, "images", "train")
+    run = Run(config, "dvae", ("images", "heldout_images"), {"images": shards.manifest.fingerprint}, place)
     if run.is_finished:
         run.say("finished already")
         return
-    heldout = first_pictures(Shards(Path(config.images), "images", "heldout"), N_EVALUATION, config.model.image_side)
+    heldout = first_pictures(Shards(folders, "images", "heldout"), N_EVALUATION, config.model.image_side)
     trainer = Trainer(config, shards, place)
     batches = ImageBatches(shards, config.data, config.model.image_side, config.flip)
     first = run.begin(trainer.load, batches.about_order)

@@ -163,7 +163,7 @@ class ScorerConfig:
 class ScorerTrainConfig(RunConfig):
     """A run of the scorer."""
 
-    images: str = setting("data/images", "image shards, from `smalti preprocess`")
+    images: str = setting("data/images", "image shards, from `smalti preprocess`; several folders with :: between")
     vocab: str = setting("data/vocab", "the BPE, from `smalti preprocess`")
     out: str = setting("runs/scorer", "run folder to write")
     n_steps: int = setting(1000, "updates")
@@ -174,6 +174,7 @@ class ScorerTrainConfig(RunConfig):
     model: ScorerConfig = section(ScorerConfig)
     optim: AdamConfig = section(AdamConfig)
     data: LoaderConfig = section(LoaderConfig)
+    cache: CacheConfig = section(CacheConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

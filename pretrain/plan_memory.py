@@ -16,6 +16,7 @@ from cluster.power_sgd import shard_rank
 from pretrain.adamw import DTYPES
 from pretrain.engine_replicas import block_of
 from pretrain.engine_shards import Piece
+from pretrain.optim import REST
 from pretrain.plan_shape import Blueprint, Weight
 
 Bytes = dict[str, int]  # by kind
@@ -124,7 +125,7 @@ class Memory:
         image = 4 * samples * sizes.grid**2 * sizes.codebook
         narrow = image // 2 if self.config.precision == "bf16" else 0
         logits = max(2 * (text + image), text + 3 * image + narrow)
-        return {"activations": self._activations, "logits": logits} | self._gathered(0) | self._gradients(0)
+        return {"activations": self._activations, "logits": logits} | self._gathered(0) | self._gradients(None)
 
     def _backward(self, share: float, reduces: bool) -> Bytes:
         """With a share of the activations still kept. reduces: the bucket is being emptied."""
@@ -157,13 +158,13 @@ class Memory:
             found["PowerSGD factors"] = 4 * self.factor_numbers
         return found
 
-    def _gradients(self, share: float) -> Bytes:
-        """With a share of the backward pass done."""
+    def _gradients(self, share: float | None) -> Bytes:
+        """With a share of the backward pass done; None is before it, when stages 1 and 2 have no bucket yet."""
         plan, size = self.plan, self.plan.weight_bytes
-        bucket = {"bucket": size * self.limits.bucket}
+        bucket = {"bucket": size * self.limits.bucket * (self.stage == 3 or share is not None)}
         if self.stage == 3:
             return bucket | {"gradients": 0 if self.config.offload_optimizer else 4 * plan.shard_numel}
-        earlier = share if self.config.accumulate == 1 else 1.0
+        earlier = (share or 0.0) if self.config.accumulate == 1 else 1.0
         if self.stage == 1:
             return bucket | {"gradients": int(earlier * size * plan.numel)}
         return bucket | {"gradients": 0 if self.config.offload_optimizer else int(earlier * self._partition)}
@@ -234,7 +235,8 @@ class Memory:
 
     def _gathered(self, share: float) -> Bytes:
         """Weights that are whole at stage 3 with a share of the backward pass done: small ones always, those that are
-        used again soon, and those fetched ahead, twice, for they are copied where they arrive. One rank copies none."""
+        used again soon, those in use, and those fetched ahead, twice, for they are copied where they arrive. One rank
+        copies none."""
         if self.stage < 3 or self.n_shards == 1:
             return {}
         plan, limits = self.plan, self.limits
@@ -247,6 +249,10 @@ class Memory:
             is_near = passes * after < limits.reuse
             kept += weight.numel if (is_near or is_viewed) and after >= share * plan.numel else 0
             after += weight.numel
+        blocks: dict[str, int] = {}  # resblocks are computed again whole, else a weight is used on its own
+        for weight in large:
+            key = weight.resblock if passes == 3 and weight.resblock != REST else weight.name
+            blocks[key] = blocks.get(key, 0) + weight.numel
         ahead = max(limits.prefetch, max(weight.numel for weight in plan.weights))
-        whole = min(plan.numel, small + kept + ahead)
+        whole = min(plan.numel, small + kept + max(blocks.values(), default=0) + ahead)
         return {"gathered weights": plan.weight_bytes * (whole + min(ahead, plan.numel))}

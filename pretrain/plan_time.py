@@ -77,7 +77,11 @@ class Step:
         model = self.plan.model
         layout, sparsities = model.layout, model.sparsities(model.layout)
         pairs = {sparsity: int(sparsity.mask().sum()) for sparsity in set(sparsities)}
-        found = {"attention": 4.0 * model.config.d_model * sum(pairs[one] for one in sparsities), "mlp": 0.0, "heads": 0.0}
+        found = {
+            "attention": 4.0 * model.config.d_model * sum(pairs[one] for one in sparsities),
+            "mlp": 0.0,
+            "heads": 0.0,
+        }
         slots = {"text_head": model.config.n_text - 1, "image_head": layout.n_image}
         for name, module in model.named_modules():
             if isinstance(module, Linear):
@@ -153,7 +157,9 @@ class Step:
         if self.plan.config.offload_optimizer:
             return 0.0  # it waits for the CPU, whose rate is not known here
         kept = self.memory.moments["update"]
-        n_bytes = 2 * (kept["float32 masters"] + kept["moments"]) + (12 + self.plan.weight_bytes) * self.plan.shard_numel
+        n_bytes = (
+            2 * (kept["float32 masters"] + kept["moments"]) + (12 + self.plan.weight_bytes) * self.plan.shard_numel
+        )
         return n_bytes / (self.cluster.gpu.memory_gb_s * 1e9 * MEMORY_REACHED)
 
     @property

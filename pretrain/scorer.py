@@ -27,7 +27,9 @@ from cluster.run import Run, due
 from cluster.settings import from_dict
 from cluster.weights import WEIGHTS, load_state, load_weights, save_state, save_weights
 from data_pipeline.bpe import Vocabulary, open_vocabulary
-from data_pipeline.loader import PAD, ImageBatch, ImageBatches, Shards, caption_of, pad_text, picture_of, to_pixels
+from data_pipeline.contents import caption_of, picture_of
+from data_pipeline.folders import Shards, open_folders
+from data_pipeline.loader import PAD, ImageBatch, ImageBatches, pad_text, to_pixels
 from data_pipeline.order import AUGMENT, DROPOUT, SAMPLE, counter_random
 from kernels.attention import attention
 from kernels.layout import Layout, Sparsity
@@ -183,14 +185,14 @@ def shifted(pixels: Tensor, limit: int, random: Callable[..., np.ndarray]) -> Te
 def train(config: ScorerTrainConfig) -> None:
     """Run the stage; see the module's text."""
     place = lone_place()
-    images = Path(config.images)
-    shards = Shards(images, "images", "train")
+    folders = open_folders(config.images, "images", config.cache)
+    shards = Shards(folders, "images", "train")
     vocabulary, vocab = open_vocabulary(Path(config.vocab))
     run = Run(config, "scorer", ("images", "vocab"), {"images": shards.manifest.fingerprint, "vocab": vocab}, place)
     if run.is_finished:
         run.say("finished already")
         return
-    heldout = HeldOut(Shards(images, "images", "heldout"), vocabulary, config.model)
+    heldout = HeldOut(Shards(folders, "images", "heldout"), vocabulary, config.model)
     trainer = Trainer(config, vocabulary, place)
     batches = ImageBatches(shards, config.data, config.model.image_side, flip=False)
     first = run.begin(trainer.load, batches.about_order)

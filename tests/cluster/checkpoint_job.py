@@ -37,13 +37,14 @@ def save(folder: Path, place: Place, step: int, trouble: Break | None = None, wr
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         began = checkpoints.save(step, {"step was": step}, write, background=True)
+        wrote = checkpoints._thread is not None
         saved = checkpoints.wait()
     target = folder / f"global_step{step}"
     files = sorted(json.loads((target / SEAL).read_text())["files"]) if target.exists() else []
     wait_for_all(place)  # what one rank looks at, another may not change
     return {
         "began": began, "saved": saved, "saved_step": checkpoints.saved_step, "said": said.getvalue(), "files": files,
-        "left over": (folder / "unfinished").exists(),
+        "wrote": wrote, "left over": (folder / "unfinished").exists(),
     }  # fmt: skip
 
 

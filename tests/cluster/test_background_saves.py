@@ -78,22 +78,33 @@ class Unwritable:
         raise TypeError("not to be written\nat all")
 
 
-@pytest.mark.parametrize("state", [{"odd": Unwritable()}, {"weights": torch.zeros(9)}])
+@pytest.mark.parametrize(
+    ("state", "broken", "error"),
+    [
+        ({"weights": torch.zeros(9), "odd": Unwritable()}, "", None),
+        ({"weights": torch.zeros(9)}, "os.fsync", OSError(errno.ENOSPC, "No space left on device")),
+        ({"weights": torch.zeros(9)}, "torch.save", RuntimeError("PytorchStreamWriter failed\nand a trace")),
+    ],
+)
 def test_a_save_that_fails_in_the_background_stops_nothing(
     tmp_path: Path,
     place: Place,
     state: dict[str, Any],
+    broken: str,
+    error: Exception,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One that nobody thought of, and a full disk."""
+    """An object that nobody thought of, a full disk, and what torch makes of one."""
     checkpoints = Checkpoints(tmp_path, place, 9)
     assert checkpoints.save(1, {"step was": 1}, take(checkpoints, {"weights": torch.zeros(9)}))
-    state = dict(state)
+
+    def fail(*_: Any) -> None:
+        raise error
+
     with monkeypatch.context() as patch:
-        if "weights" in state:
-            error = OSError(errno.ENOSPC, "No space left on device")
-            patch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(error))
+        if broken:
+            patch.setattr(broken, fail)
         assert checkpoints.save(2, {}, take(checkpoints, state), background=True)
         assert not checkpoints.wait() and checkpoints.saved_step == 1
     said = capsys.readouterr().err
@@ -188,6 +199,7 @@ def test_one_rank_in_trouble_neither_hangs_the_others_nor_seals_half(
 def test_ranks_that_hold_replicas_write_nothing(told: list[dict[str, Any]]) -> None:
     assert [rank["replicas"]["saved_step"] for rank in told] == [7] * 3
     assert told[0]["replicas"]["files"] == ["rank0.pt", "rank1.pt"]
+    assert [rank["replicas"]["wrote"] for rank in told] == [True, True, False]
 
 
 def test_all_ranks_pass_over_what_one_finds_damaged(told: list[dict[str, Any]]) -> None:

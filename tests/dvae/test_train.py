@@ -1,6 +1,7 @@
 """Training the discrete VAE and tokenising with it: resumed equals undisturbed, and wrong input is named."""
 
 import dataclasses
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from cluster.watch import Requeue
 from cluster.weights import WEIGHTS
 from data_pipeline.loader import Shards, picture_of, to_pixels
 from data_pipeline.shards import open_shard
+from data_pipeline.sources import EMBEDDED
 from dvae.config import DvaeConfig, DvaeTrainConfig, ScheduleConfig
 from dvae.likelihood import map_pixels
 from dvae.tokenise import TokeniseConfig, tokenise
 from dvae.train import open_dvae, train
+from tests.small import SMALL_DVAE, smalti
 
 MODEL = DvaeConfig(image_side=16, fold=4, width=16, n_groups=1, n_blocks=1, n_init=16, codebook=32)
 
@@ -119,3 +122,13 @@ def test_a_cut_image_shard_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=shard.name):
         train(settings(tmp_path, tmp_path / "run"))
     assert open_shard(sorted(copy.glob("train-*.tar"))[1])
+
+
+def test_tars_of_others_are_trained_on_without_preprocess(tmp_path: Path) -> None:
+    for name in ("train-00000", "heldout-00000"):
+        (tmp_path / f"{name}.tar").write_bytes(gzip.decompress((EMBEDDED / f"{name}.tar.gz").read_bytes()))
+    words = [f"images={tmp_path}/train-00000.tar", f"heldout_images={tmp_path}/heldout-00000.tar", "n_steps=2"]
+    smalti("dvae", *SMALL_DVAE, *words, f"out={tmp_path}/run")
+    assert len(list((tmp_path / "run" / "indexes").iterdir())) == 2
+    proved = smalti("ledger", f"{tmp_path}/run", check=False)
+    assert proved.returncode == 0, proved.stdout + proved.stderr

@@ -32,39 +32,41 @@ from pretrain.engine import Engine
 from pretrain.model import Sizes
 
 SIZES = Sizes(text_vocab=2_000, codebook=1_000, grid=16)
-MODEL = TransformerConfig(n_text=64, n_layers=4, n_heads=16, d_head=64)  # 57 M parameters
-LOW_RANK = PowerSGDConfig(rank=64, start_step=0, wire="1-6-9", errors="1-6-9")
+WIDE = TransformerConfig(n_text=64, n_layers=4, n_heads=16, d_head=64)  # 57 M parameters: weights dominate
+LONG = TransformerConfig(n_text=64, n_layers=6, n_heads=6, d_head=64)  # 13 M: activations do
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-STEPS = 3  # DeepSpeed's stage 3 looks ahead from the second on
-SECONDS = 120  # for a case
+STEPS = 2  # DeepSpeed's stage 3 looks ahead from the second on
+SECONDS = 240  # for a case
+TIGHT = {  # what DeepSpeed's defaults are to a model of 6 billion numbers, or 1.3 billion
+    "reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 500_000, "stage3_max_live_parameters": 10_000_000,
+    "stage3_max_reuse_distance": 10_000_000, "stage3_param_persistence_threshold": 1_000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train, on so many ranks, `batch` samples each."""
+    """A way to train. A rank has 1 sample of the wide model, or 4 of the long one."""
 
-    ranks: int = 1
-    batch: int = 1
+    ranks: int
+    model: TransformerConfig
     settings: dict[str, Any] = field(default_factory=dict)
-    limits: dict[str, int] = field(default_factory=dict)  # of DeepSpeed's, in place of its defaults
+    limits: dict[str, int] = field(default_factory=lambda: TIGHT)  # of DeepSpeed's, in place of its defaults
 
     @property
     def config(self) -> TrainConfig:
-        parts = self.ranks * self.settings.get("accumulate", 1)
-        given = {"precision": "fp32", "model": MODEL, "data": LoaderConfig(batch=self.batch * parts)}
-        return TrainConfig(n_steps=STEPS, **given | self.settings)
+        batch = self.ranks * (1 if self.model is WIDE else 4)
+        return TrainConfig(n_steps=STEPS, model=self.model, data=LoaderConfig(batch=batch), **self.settings)
 
 
-TIGHT = {  # what DeepSpeed's defaults are to a model of 6 billion numbers
-    "reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 500_000, "stage3_max_live_parameters": 10_000_000,
-    "stage3_max_reuse_distance": 10_000_000, "stage3_param_persistence_threshold": 1_000,
-}  # fmt: skip
-BASE = {"s1": {"zero_stage": 1}, "s2": {"zero_stage": 2}, "s3": {"zero_stage": 3}}
-PREC = {"fp32": {}, "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16-resblock"}}
-KEEP = {"all": {}, "ckpt": {"activation_checkpointing": "resblock"}}
 CASES = {
-    f"{s}-{p}-{k}-x{n}-b{b}-{lim}": Case(n, b, BASE[s] | PREC[p] | KEEP[k], TIGHT if lim == "tight" else {})
-    for s in BASE for p in PREC for k in KEEP for n in (1, 2) for b in (1, 8) for lim in ("def", "tight")
+    f"{model} {ranks} ranks stage {stage} {precision} {recompute}": Case(
+        ranks, shape, {"zero_stage": stage, "precision": precision, "activation_checkpointing": recompute}
+    )
+    for model, shape in {"wide": WIDE, "long": LONG}.items()
+    for ranks in (1, 2)
+    for stage in (1, 2, 3)
+    for precision in ("fp32", "bf16", "fp16-resblock")
+    for recompute in ("none", "resblock")
 }
 
 

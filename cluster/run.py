@@ -41,7 +41,7 @@ class RunConfig:
 
 # settings that change how a run is watched or where it lies, never what it computes
 FREE = (
-    "out", "dry_run", "cache", "activation_checkpointing", "zero_stage", "offload_optimizer", "offload_activations",
+    "out", "dry_run", "json", "cache", "activation_checkpointing", "zero_stage", "offload_optimizer", "offload_activations",
     *(field.name for field in fields(RunConfig)),
 )  # fmt: skip
 

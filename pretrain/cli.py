@@ -24,6 +24,8 @@ VERBS = {
     "checkpoint diff": "pretrain.checkpoint_diff",
     "ledger": "data_pipeline.proof",
     "plot": "pretrain.plot",
+    "plan": "pretrain.plan",
+    "drill": "pretrain.drill",
     "demo": "pretrain.demo",
 }
 

@@ -74,6 +74,7 @@ class TrainConfig(RunConfig):
     vocab: str = setting("data/vocab", "the BPE, from `smalti preprocess`")
     out: str = setting("runs/train", "run folder to write")
     dry_run: bool = setting(False, "show parameters, shards, memory and DeepSpeed's settings of the run, and stop")
+    json: bool = setting(False, "dry_run: as JSON")
     n_steps: int = setting(1000, "updates")
     seed: int = setting(0, "decides the initial weights")
     precision: Precision = setting(

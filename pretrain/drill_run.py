@@ -23,7 +23,7 @@ from cluster.metrics import read_metrics
 from cluster.weights import WEIGHTS
 from pretrain.drill_worker import Accident
 
-LEG_SECONDS = 240.0  # that a start may take in all; on two free cores it takes 5
+LEG_SECONDS = 480.0  # that a start may take in all; on two free cores it takes 5
 POLL_SECONDS = 0.003  # a small part of a step, so that a moment can be met
 BEGUN = re.compile(r"^transformer: \d+/\d+ steps", re.M)  # said after the first step of each start
 RESUMED = re.compile(r"^transformer: resumed at step (\d+) of", re.M)

@@ -23,6 +23,7 @@ from data_pipeline.bpe import open_vocabulary
 from data_pipeline.folders import Shards, open_folders
 from data_pipeline.loader import TokenBatch, TokenBatches
 from pretrain.config import TrainConfig
+from pretrain.dry_run import dry_run
 from pretrain.engine import Engine
 from pretrain.engine_update import Update
 from pretrain.evaluate import HeldOut, evaluate
@@ -142,7 +143,10 @@ def run_train(config: TrainConfig) -> None:
         share_cores(place)
         if config.precision == "auto":  # the run's record names what was used
             config = replace(config, precision="bf16" if computes_bf16(place) else "fp32")
-        train(config, place)
+        if config.dry_run:
+            dry_run(config, place, config.json)
+        else:
+            train(config, place)
 
 
 COMMAND = Command("train", TrainConfig, Path(__file__).parent / "configs", run_train, __doc__)

@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -155,6 +156,7 @@ def main() -> int:
     settings = [word.removeprefix("data=") for word in words.words if word.startswith("data=")]
     names = [word for word in words.words if not word.startswith("data=")]
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes, namespaces and folders are cleared
     verdicts = []
     with tempfile.TemporaryDirectory() as temporary:
         if words.json:

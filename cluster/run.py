@@ -41,7 +41,8 @@ class RunConfig:
 
 # settings that change how a run is watched or where it lies, never what it computes
 FREE = (
-    "out", "dry_run", "json", "cache", "activation_checkpointing", "zero_stage", "offload_optimizer", "offload_activations",
+    "out", "dry_run", "json", "cache", "zero_stage", "activation_checkpointing", "offload_activations",
+    "offload_optimizer",
     *(field.name for field in fields(RunConfig)),
 )  # fmt: skip
 

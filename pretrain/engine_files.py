@@ -166,7 +166,7 @@ class EngineFiles:
     def _spans_12(self, shapes: list[dict[str, Any]], first: dict[str, Any]) -> Iterator[tuple[str, Span]]:
         paddings = first.get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
         for number, group in enumerate(shapes):
-            width = len(first["single_partition_of_fp32_groups"][number]) + first["group_paddings"][number]
+            width = len(first["single_partition_of_fp32_groups"][number])  # cut short only if nothing lies behind it
             base = 0
             for (name, shape), padding in zip(group.items(), paddings[number], strict=True):
                 yield name, Span(tuple(shape), number, base, width, True)

@@ -38,12 +38,12 @@ from pretrain.plan_shape import blueprint
 
 SIZES = Sizes(text_vocab=2_000, codebook=1_000, grid=16)
 WIDE = TransformerConfig(n_text=64, n_layers=4, n_heads=16, d_head=64)  # 57 M parameters: weights dominate
-LONG = TransformerConfig(n_text=64, n_layers=6, n_heads=6, d_head=64)  # 13 M: activations do
+LONG = TransformerConfig(n_text=64, n_layers=8, n_heads=2, d_head=64)  # 2 M: activations do
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 STACK = 2**21  # bytes of a thread's: each engine has new groups of processes, and these have threads
 STEPS = 2  # DeepSpeed's stage 3 looks ahead from the second on
 SECONDS = 240  # for a case
-TIGHT = {  # what DeepSpeed's defaults are to a model of 6 billion numbers, or 1.3 billion
+TIGHT = {  # what DeepSpeed's defaults are to a model of 6 billion numbers
     "reduce_bucket_size": 5_000_000, "stage3_prefetch_bucket_size": 500_000, "stage3_max_live_parameters": 10_000_000,
     "stage3_max_reuse_distance": 10_000_000, "stage3_param_persistence_threshold": 1_000,
 }  # fmt: skip
@@ -51,7 +51,7 @@ TIGHT = {  # what DeepSpeed's defaults are to a model of 6 billion numbers, or 1
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train. A rank has 1 sample of the wide model, or 6 of the long one."""
+    """A way to train. A rank has 1 sample of the wide model, or 32 of the long one."""
 
     ranks: int
     model: TransformerConfig
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def config(self) -> TrainConfig:
-        batch = self.ranks * (1 if self.model is WIDE else 6)
+        batch = self.ranks * (1 if self.model is WIDE else 32)
         return TrainConfig(n_steps=STEPS, model=self.model, data=LoaderConfig(batch=batch), **self.settings)
 
 

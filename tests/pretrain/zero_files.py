@@ -59,7 +59,6 @@ def _optimizer(
             flat[: len(flat) - pad].clone() for flat, pad in zip(flats, paddings, strict=True)
         ],
         "base_optimizer_state": base,
-        "group_paddings": paddings,
         "partition_count": [n_ranks] * len(groups),
         "zero_stage": stage,
     }

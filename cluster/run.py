@@ -197,6 +197,8 @@ class Run:
         if self.ledger:
             self.ledger.sync()
         self.checkpoints.save(step, about, write, background)
+        if self.metrics:
+            self.metrics.record(step - 1, {"perf/save_stall_seconds": self.checkpoints.stall_seconds})
         self.hang_watch.beat(f"what follows the save after step {step}")
 
     def finish(self, counts: dict[str, Any], config_json: dict[str, Any], files: list[str]) -> None:

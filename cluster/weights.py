@@ -4,6 +4,7 @@ Nothing is unpickled from a file that smalti did not write: releases are safeten
 with weights_only.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cluster.manifest import FolderError
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"  # of a release in several files, as on the Hugging Face Hub
 STATE = "state.pt"
 
 
@@ -24,18 +26,19 @@ def save_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Fill `model` from a run folder's release; FolderError if the file is damaged or of another shape."""
-    path = folder / WEIGHTS
+    path = folder / (INDEX if (folder / INDEX).is_file() else WEIGHTS)
     try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
+        names = set(json.loads(path.read_text())["weight_map"].values()) if path.name == INDEX else {WEIGHTS}
+        found = {name: tensor for file in sorted(names) for name, tensor in load_file(folder / file).items()}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FolderError(f"{path} cannot be read: {error}") from None
     wanted = model.state_dict()
-    names = sorted(found.keys() | wanted.keys())
-    wrong = [name for name in names if _shape(found.get(name)) != _shape(wanted.get(name))]
+    every = sorted(found.keys() | wanted.keys())
+    wrong = [name for name in every if _shape(found.get(name)) != _shape(wanted.get(name))]
     if wrong:
         first = f"{wrong[0]} is {_shape(found.get(wrong[0]))} there and {_shape(wanted.get(wrong[0]))} here"
         raise FolderError(
-            f"{path} does not fit its settings in {len(wrong)} of {len(names)} weights ({first}): "
+            f"{path} does not fit its settings in {len(wrong)} of {len(every)} weights ({first}): "
             "it was changed, or another version of smalti wrote it; train again, or use that version"
         )
     model.load_state_dict(found)

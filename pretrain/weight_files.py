@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from cluster.manifest import write_json
-from cluster.weights import WEIGHTS
+from cluster.weights import INDEX, WEIGHTS
 
-INDEX = f"{WEIGHTS}.index.json"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 ALIGNED_BYTES = 8  # where the tensors begin, so that they can be mapped
 

@@ -20,12 +20,13 @@ from cluster.checkpoint import Checkpoints
 from cluster.command import run_command
 from cluster.manifest import read_manifest
 from cluster.process import Place
+from cluster.weights import INDEX
 from data_pipeline.bpe import open_vocabulary
 from pretrain.config import TransformerConfig
 from pretrain.export import COMMAND
 from pretrain.model import Sizes, Transformer
 from pretrain.sample import open_transformer
-from pretrain.weight_files import INDEX, write_weights
+from pretrain.weight_files import write_weights
 from tests.pretrain.zero_files import write_zero
 from tests.small import smalti
 
@@ -131,6 +132,7 @@ def test_a_large_release_is_split_with_an_index(run: Path, tmp_path: Path) -> No
         assert all(index["weight_map"][weight] == name for weight in tensors)
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model_of(7).parameters())
     assert {*files, INDEX} <= read_manifest(out, "transformer").files.keys()
+    assert open_transformer(out, torch.device("cpu"), torch.float32)[1].counts["steps"] == 7
 
 
 def test_bf16_is_the_rounded_weights_in_half_the_space(run: Path, tmp_path: Path) -> None:

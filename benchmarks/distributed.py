@@ -35,7 +35,7 @@ SHORT = (
     "optim.warmup_steps=50", "power_sgd.start_step=30", "evaluate_every=300", "save_every=300",
 )  # fmt: skip
 SHORT_RANK, SEEDS = 20, (0, 1, 2)
-LINK_RATE, NETWORK_RANK, NETWORK_ROUNDS = "1gbit", 64, 8
+LINK_RATE, NETWORK_RANK, NETWORK_ROUNDS = "1gbit", 16, 12
 PRESETS = {"tiny": (12, 5), "small": (8, 1)}  # rounds in which both take turns, and steps in each
 
 

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.003  # a small part of a step, so that a moment can be met
 BEGUN = re.compile(r"^transformer: \d+/\d+ steps", re.M)  # said after the first step of each start
 RESUMED = re.compile(r"^transformer: resumed at step (\d+) of", re.M)
 # Between layouts the same float32 numbers are summed in another order. Measured over a run: 1.5e-7 of a loss, 4e-7 in a
-# weight; a moment or an average that was not restored, or a sample too many, is seen at 1e-3 and above.
+# weight. With the moments or the average not restored it is 1e-2 and 5e-3.
 TOLERANCE = 1e-5
 
 

@@ -67,10 +67,11 @@ class SnapshotWriter:
                     torch.save(state, out)  # type: ignore[arg-type]
                     os.fsync(file.fileno())
                 records[str(path)] = {"bytes": out.n_bytes, "sha256": out.digest.hexdigest()}
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError) as error:
             for path, _ in self._taken:  # leaves room on a full disk to say so
                 path.unlink(missing_ok=True)
-            raise
+            cause = error.__context__  # torch.save hides the disk's own words behind its own
+            raise cause if isinstance(cause, OSError) else error from None
         finally:
             self._taken = []
         return records

@@ -1,5 +1,6 @@
 """A snapshot holds what a state was, in memory and in files of its own."""
 
+import errno
 import hashlib
 from collections import OrderedDict
 from enum import IntEnum
@@ -144,3 +145,15 @@ def test_host_memory_is_dealt_out_apart_and_again(monkeypatch: pytest.MonkeyPatc
     memory.take(10, pinned=False)
     memory.clear()
     assert memory.n_bytes == 1000
+
+
+def test_a_full_disk_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = SnapshotWriter()
+    writer.save({"w": torch.ones(8)}, str(tmp_path / "state.pt"))
+    monkeypatch.setattr("cluster.snapshot._Digesting.write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.write_out()
+    assert not (tmp_path / "state.pt").exists()

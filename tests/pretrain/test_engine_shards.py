@@ -6,12 +6,12 @@ import pytest
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 
 from cluster.settings import UserError
-from pretrain.engine_shards import BOTH, STAGE_1_AND_2, STAGE_3, Shards
+from pretrain.engine_shards import BOTH, GRADIENTS, STAGE_1_AND_2, STAGE_3, Shards
 
 SET_IN_INIT = {  # attributes of instances, not of classes
     "averaged_gradients", "fp16_groups", "fp32_partitioned_groups_flat", "offload_optimizer", "grad_position",
     "sub_group_to_group_id", "bit16_groups", "params_in_partition", "single_partition_of_fp32_groups", "cpu_offload",
-    "check_grad_overflow",
+    "check_grad_overflow", GRADIENTS,
 }  # fmt: skip
 
 

@@ -93,6 +93,7 @@ class Run:
         self.consumed = self.replaced = 0  # samples in all steps so far, and those of them that were replaced
         self._config = config
         self._code = 0
+        self._stalled: dict[str, float] = {}  # by the save before this step
         self._last = time.monotonic()
 
     def begin(self, load: Callable[[Path, str], None], order: dict[str, Any] | None = None) -> int:
@@ -153,7 +154,7 @@ class Run:
         self.hang_watch.beat(f"what follows step {step}")
         now = time.monotonic()
         if self.metrics and self.progress:
-            self.metrics.record(step, values | {"perf/step_seconds": now - self._last})
+            self.metrics.record(step, values | {"perf/step_seconds": now - self._last} | self._stalled)
             loss = next((f"loss {value:.3f}" for tag, value in values.items() if tag.endswith("loss")), "")
             self.progress.advance(note=loss)
         self._last = now
@@ -197,8 +198,7 @@ class Run:
         if self.ledger:
             self.ledger.sync()
         self.checkpoints.save(step, about, write, background)
-        if self.metrics:
-            self.metrics.record(step - 1, {"perf/save_stall_seconds": self.checkpoints.stall_seconds})
+        self._stalled = {"perf/save_stall_seconds": self.checkpoints.stall_seconds}
         self.hang_watch.beat(f"what follows the save after step {step}")
 
     def finish(self, counts: dict[str, Any], config_json: dict[str, Any], files: list[str]) -> None:

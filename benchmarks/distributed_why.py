@@ -15,7 +15,7 @@ from benchmarks.distributed_scales import FINE, ROOMS, SETTLED, STRESS
 from cluster.metrics import read_metrics
 from pretrain.plot import averaged, draw_scales, series
 
-RUN_SECONDS = 1800
+RUN_SECONDS = 3600
 KINDS = {"one": "fp16-global", "own": "fp16-resblock"}
 SHOWN = (20, 22, 24, STRESS)  # bits below overflow
 COLORS = {"fp32": "0.2", "one": "tab:red", "own": "tab:blue"}

@@ -115,9 +115,8 @@ def draw(found: dict[str, Any], folder: Path) -> None:
             shares = 100 * np.array(found[kind][str(room)]["zeros"])
             axis.plot(shares, marker=".", color=f"C{number}", label=f"{room} bits below overflow")
         dress(axis, title, "resblock (0 is the first)")
-    first = zeros.axes[0]
-    first.set_ylabel("activation gradients that become 0 (%)")
-    first.legend(frameon=False)
+    zeros.axes[0].set_ylabel("activation gradients that become 0 (%)")
+    zeros.axes[1].legend(frameon=False, loc="upper left")
     zeros.savefig(folder / "zeros.png")
     for axis, room in zip(losses.subplots(1, 2, sharey=True), (SETTLED, STRESS), strict=True):
         runs = {

@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lab lint types clean
 
 demo: .venv/installed
 	$(BIN)/smalti demo out=demo
@@ -11,6 +11,11 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter tests/kernels
+
+# Hosts and a SLURM cluster of their own on this machine: needs root, ip, sshd, pdsh, slurm-wlm and munge.
+lab: .venv/installed-dev
+	$(BIN)/python -m tests.lab.hosts
+	$(BIN)/python -m tests.lab.slurm
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import importlib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pretrain", "dvae", "data_pipeline", "kernels", "cluster")
 COMMANDS: dict[str, Command] = {verb: importlib.import_module(module).COMMAND for verb, module in VERBS.items()}
 PRESETS = [(verb, name) for verb, command in COMMANDS.items() for name in preset_names(command.presets)]
+MERGE = " merge"  # ends what tasks of another verb began, with the same words: its presets are that verb's
 GENERIC = Path("cluster/run.py")  # reads the settings that all trainers have, whatever their class
 
 
@@ -29,6 +30,11 @@ def classes_in(kind: type) -> set[type]:
     """The settings class and the classes of its sections."""
     below = (classes_in(hint) for hint in hints_of(kind).values() if dataclasses.is_dataclass(hint))
     return {kind}.union(*below)
+
+
+def names_of(kinds: Iterable[type]) -> set[str]:
+    """Of settings classes and those that they extend: what knows either may read a setting."""
+    return {one.__name__ for kind in kinds for one in kind.__mro__ if dataclasses.is_dataclass(one)}
 
 
 def settings_of(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -66,7 +72,7 @@ def settings_read_in(path: Path) -> frozenset[str]:
     `__post_init__` does not count: a setting that is only checked does nothing. Nor does a call.
     """
     nodes = list(ast.walk(parsed()[path]))
-    settings_classes = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name in {c.__name__ for c in CLASSES}]
+    settings_classes = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name in names_of(CLASSES)]
     inside = {id(inner) for n in settings_classes for inner in ast.walk(n)}
     checks = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"]
     passed_over = {id(inner) for n in checks for inner in ast.walk(n)}
@@ -97,7 +103,7 @@ def unread(verb: str) -> list[str]:
     reached = reached_from(Path(f"{VERBS[verb].replace('.', '/')}.py"))
     missing = []
     for kind in classes_in(COMMANDS[verb].config):
-        holders = {one.__name__ for one in CLASSES if kind in classes_in(one)}
+        holders = names_of(one for one in CLASSES if kind in classes_in(one))
         files = [path for path in reached if path == GENERIC or names_in(path) & holders]
         read = frozenset().union(*(settings_read_in(path) for path in files))
         missing += [f"{kind.__name__}.{name}" for name in hints_of(kind) if name not in read]
@@ -112,7 +118,8 @@ def test_every_preset_that_help_offers_loads(verb: str, name: str) -> None:
 def test_every_settings_file_is_a_preset_of_one_command() -> None:
     found = sorted(path for path in ROOT.glob("*/configs/**/*.toml") if path.relative_to(ROOT).parts[0] in PACKAGES)
     assert found
-    owners = {path: [verb for verb, command in COMMANDS.items() if command.presets == path.parent] for path in found}
+    verbs = {verb: command for verb, command in COMMANDS.items() if not verb.endswith(MERGE)}
+    owners = {path: [verb for verb, command in verbs.items() if command.presets == path.parent] for path in found}
     assert not {str(path.relative_to(ROOT)): verbs for path, verbs in owners.items() if len(verbs) != 1}
 
 
@@ -120,7 +127,7 @@ def test_every_settings_file_is_a_preset_of_one_command() -> None:
 def test_a_preset_opens_with_its_command(verb: str, name: str) -> None:
     lines = (COMMANDS[verb].presets / f"{name}.toml").read_text().splitlines()
     opening = [line for number, line in enumerate(lines) if all(above.startswith("#") for above in lines[: number + 1])]
-    assert f"smalti {verb} {name}" in " ".join(line.lstrip("# ") for line in opening)
+    assert f"smalti {verb.removesuffix(MERGE)} {name}" in " ".join(line.lstrip("# ") for line in opening)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

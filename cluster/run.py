@@ -1,8 +1,9 @@
 """One training run's folder: settings, metrics, checkpoints, the stop flag, and its end.
 
-out/settings.toml  metrics.jsonl  ledger.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
+out/settings.toml  starts.jsonl  metrics.jsonl  ledger.jsonl  tensorboard/  checkpoints/  manifest.json (when finished)
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +48,7 @@ FREE = (
 )  # fmt: skip
 
 
+STARTS = "starts.jsonl"  # a line each time the run was started: when, at which step, with how many ranks
 FREE_OF_DATA = ("readers", "max_bad_share")  # the same of a trainer's section `data`
 
 
@@ -106,6 +108,10 @@ class Run:
         if self.place.is_main:
             self._open(step, order)
             write_bytes(self.folder / "settings.toml", to_toml(self._config).encode())
+            with open(
+                self.folder / STARTS, "a"
+            ) as file:  # the only clock times of a run: what it lost is counted by it
+                file.write(json.dumps({"time": time.time(), "step": step, "ranks": self.place.world_size}) + "\n")
             if step and self.progress:
                 self.progress.say(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}")
         self.consumed = largest_of(self.place, self.ledger.consumed if self.ledger else 0)

@@ -8,6 +8,7 @@ from cluster.run import RunConfig
 from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.remote import CacheConfig
+from data_pipeline.shares import check_share
 from pretrain.precision import Precision
 
 
@@ -206,9 +207,14 @@ class SampleConfig:
         "auto", "auto: bf16 on a GPU that computes in it, else fp32; only in fp32 is a picture the same in any batch"
     )
     batch: int = setting(64, "pictures drawn at a time; changes nothing but speed and memory")
+    tasks: int = setting(0, "so many tasks share the work, each with its task=; the same words without both end it")
+    task: int = setting(-1, "number of this task, from 0; it does its share and no more")
 
     def __post_init__(self) -> None:
         require_at_least_one(self, ("candidates", "batch"))
+        check_share(self.tasks, self.task)
+        if self.tasks and self.task < 0:
+            raise SettingError(f"tasks={self.tasks} needs task=0 to task={self.tasks - 1}, the share to do now")
         if self.temperature <= 0:
             raise SettingError(f"temperature={self.temperature} must be above 0")
         if self.top_k < 0:

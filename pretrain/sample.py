@@ -5,7 +5,8 @@
 Writes OUT/0000/00.png ... (a folder a caption), OUT/samples.jsonl, OUT/grid.png. Each PNG holds its
 caption, candidate, settings and the fingerprints of the weights, which decide it whatever else is
 drawn. Killed and run again, it keeps the pictures that are there. Under `torchrun` or `deepspeed`, the
-processes share the work. Drawing 16 candidates of 24 captions at 64 px takes some seconds.
+processes share the work; so do tasks (tasks=8 task=0, ...), after which the same words without both
+draw what is missing and write the overview. Drawing 16 candidates of 24 captions at 64 px takes some seconds.
 """
 
 import io
@@ -50,7 +51,8 @@ from pretrain.model import Sizes, Transformer
 from pretrain.pictures import caption_grid, save_preview, save_rows
 from pretrain.prime import read_prime
 
-FREE = ("captions", "model", "dvae", "vocab", "out", "batch", "prime", "preview")  # paths, and what changes no picture
+# paths, and what changes no picture
+FREE = ("captions", "model", "dvae", "vocab", "out", "batch", "prime", "preview", "tasks", "task")
 
 
 def open_transformer(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Manifest]:
@@ -87,11 +89,12 @@ def sample(config: SampleConfig, place: Place) -> None:
             print(f"{out} is finished already")
         return
     artist = Artist(config, model, dvae, encode_captions(captions, vocabulary, model.config.n_text), prime)
-    todo = [
+    pictures = [
         Picture(out, n, c, text, settings, made_from)
         for n, text in enumerate(captions)
         for c in range(config.candidates)
     ]
+    todo = share_of_task(pictures, config)
     batches = list(in_batches([picture for picture in todo if not picture.is_drawn()], config.batch))
     wait_for_all(place)  # all must have looked before the first draws, or they would not share the same work
     progress = Progress("sample", len(todo), unit="picture") if place.is_main else None
@@ -105,7 +108,8 @@ def sample(config: SampleConfig, place: Place) -> None:
     wait_for_all(place)
     if progress:
         progress.close()
-        _finish(out, captions, config, settings | {"captions": captions}, made_from)
+        if not config.tasks:
+            _finish(out, captions, config, settings | {"captions": captions}, made_from)
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,14 @@ def in_batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
             batch, length = batch + piece, len(piece)
     if batch:
         yield batch
+
+
+def share_of_task(pictures: list[Picture], config: SampleConfig) -> list[Picture]:
+    """Those that this task draws: whole batches, and the same ones whatever the others have drawn already."""
+    if not config.tasks:
+        return pictures
+    batches = list(in_batches(pictures, config.batch))
+    return [picture for batch in batches[config.task :: config.tasks] for picture in batch]
 
 
 class Artist:

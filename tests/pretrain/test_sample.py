@@ -144,6 +144,20 @@ def test_ranks_share_the_batches(
     assert pngs(tmp_path).items() < pngs(whole).items()
 
 
+def test_tasks_share_the_batches_whenever_they_look_and_a_run_without_ends_them(
+    config: SampleConfig, whole: Path, tmp_path: Path, saves: list[Path]
+) -> None:
+    """12 pictures in 6 batches; task 2 of 3 is lost."""
+    assert len(drawn(config, tmp_path, batch=2, tasks=3, task=1)) == 4
+    assert len(drawn(config, tmp_path, batch=2, tasks=3, task=0)) == 8
+    drawn(config, tmp_path, batch=2, tasks=3, task=1)
+    assert len(saves) == 8 and not (tmp_path / "manifest.json").exists()
+    assert drawn(config, tmp_path, batch=2) == pngs(whole)
+    assert len(saves) == 12
+    digests = [json.loads((folder / "manifest.json").read_text())["fingerprint"] for folder in (tmp_path, whole)]
+    assert digests[0] == digests[1]
+
+
 def test_a_run_that_was_cut_off_keeps_what_it_has_and_ends_the_same(
     config: SampleConfig, whole: Path, tmp_path: Path, saves: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

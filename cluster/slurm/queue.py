@@ -1,0 +1,78 @@
+"""What became of the jobs that were submitted for a folder, as far as SLURM still knows."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.settings import UserError
+from cluster.slurm.job import JOBS, ask_slurm
+
+OVER = {
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
+    "REVOKED",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A line of the record that `submit` keeps."""
+
+    job: str
+    name: str
+    array: int
+    time: float
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a job, or of all tasks of an array: how many are in which, and why those wait that do."""
+
+    tasks: dict[str, int]
+    reason: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        return self.tasks.keys() <= OVER
+
+    def __str__(self) -> str:
+        names = [state.lower() if n == 1 else f"{n} {state.lower()}" for state, n in sorted(self.tasks.items())]
+        return ", ".join(names) + (f" ({self.reason})" if self.reason else "")
+
+
+def submitted(folder: Path) -> list[Submitted]:
+    """Jobs submitted for a folder, oldest first. A damaged line is passed over: it is a record, not an input."""
+    path = folder / JOBS
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            found.append(Submitted(**json.loads(line)))
+        except (ValueError, TypeError):  # a kill can cut the last line
+            continue
+    return found
+
+
+def newest(jobs: list[Submitted]) -> list[Submitted]:
+    """The last job of each name."""
+    return list({job.name: job for job in jobs}.values())
+
+
+def states(numbers: list[str]) -> dict[str, State]:
+    """The state of each job that SLURM still knows; none where there is no SLURM. UserError if it gives no answer."""
+    if not numbers or not shutil.which("squeue"):
+        return {}
+    words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r"]
+    try:
+        lines = ask_slurm(words).splitlines()
+    except UserError as error:
+        if "Invalid job id" in str(error):  # SLURM forgets jobs some minutes after their end
+            return {}
+        raise
+    counts: dict[str, Counter[str]] = {}
+    reasons: dict[str, str] = {}
+    for number, state, reason in (line.strip().split("|", 2) for line in lines):
+        counts.setdefault(number, Counter())[state] += 1
+        if state == "PENDING":
+            reasons[number] = reason
+    return {number: State(dict(tasks), reasons.get(number, "")) for number, tasks in counts.items()}

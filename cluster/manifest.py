@@ -5,10 +5,12 @@ versions, counts, the digest of each file, one fingerprint of the whole, and the
 folders it was made from, so that shards made with another tokenizer or dVAE are refused, not used.
 """
 
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ VERB_OF = {
     "scorer": "scorer", "samples": "sample", "ranked": "rerank", "openai": "dvae export",
 }  # fmt: skip
 FORMAT = 1  # raise it when a reader of the old form would misread the new one
+MARK_BYTES = 6  # a temporary file is NAME.MARK.part, with a mark of its own for each writer
+MARK = "[0-9a-f]" * (2 * MARK_BYTES)
 
 
 class FolderError(UserError):
@@ -46,11 +50,14 @@ def write_manifest(
     kind: str,
     settings: dict[str, Any],
     counts: dict[str, Any],
-    files: list[str],
+    files: list[str] | dict[str, dict[str, Any]],
     made_from: dict[str, str],
 ) -> Manifest:
-    """Write the manifest of a finished folder; `files` are named relative to it."""
-    records = {name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in files}
+    """Write the manifest of a finished folder; `files` are named relative to it.
+
+    Given as a dict, each file comes with its record ("bytes", "sha256") and is not read again.
+    """
+    records = files if isinstance(files, dict) else {name: record_of(folder / name) for name in files}
     manifest = Manifest(kind, settings, counts, records, made_from, fingerprint_of(kind, records), installed_versions())
     write_json(folder / NAME, asdict(manifest))
     return manifest
@@ -144,6 +151,11 @@ def fingerprint_of(kind: str, files: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def record_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:
@@ -151,13 +163,43 @@ def file_digest(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    """Write a file so that after a crash it is there whole or not at all, also when several write it at once."""
+    named = False
+    while not named:  # another writer of the file may sweep ours away
+        part = temporary(path)
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # a full disk
+            part.unlink(missing_ok=True)
+            raise
+        named = give_name(part, path)
+
+
+def temporary(path: Path) -> Path:
+    """A new name beside `path` to write it under, that no other process uses."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(MARK_BYTES)}.part")
+
+
+def give_name(part: Path, path: Path) -> bool:
+    """Move a finished temporary file to its place, and sweep away those that killed writers of it left.
+
+    False if `part` is gone: another writer of the same file has swept it away, and put its own in place.
+    """
+    try:
+        part.replace(path)
+    except FileNotFoundError:
+        return False
+    sweep(path.parent, path.name)
+    return True
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove the temporary files of `name`, or of every file, in a folder."""
+    for part in folder.glob(f"{glob.escape(name) or '*'}.{MARK}.part"):
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

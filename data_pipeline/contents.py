@@ -6,15 +6,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from cluster.command import shown
+from data_pipeline.augment import dvae_crop
 from data_pipeline.captions import CAPTION_ENDINGS
-from data_pipeline.images import IMAGE_ENDINGS, planes, square
+from data_pipeline.images import IMAGE_ENDINGS, MAX_PIXELS, ImageProblem, decode, planes, square
 from data_pipeline.shards import Sample, ShardError
 
 MOST_CAPTION_BYTES = 1 << 16  # no caption is so long
+T = TypeVar("T")
 MAGIC = b"\x93NUMPY\x01\x00"  # version 1.0: two bytes of length, then the header
 
 
@@ -28,11 +32,25 @@ def planes_of(sample: Sample, side: int) -> np.ndarray:
     return _decoded(sample, lambda data: planes(data, side))
 
 
-def _decoded(sample: Sample, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def image_of(sample: Sample) -> Image.Image:
+    """The whole picture as RGB; ShardError as of `picture_of`."""
+    return _decoded(sample, lambda data: decode(data, MAX_PIXELS))
+
+
+def random_planes_of(sample: Sample, side: int, random: np.random.Generator) -> np.ndarray:
+    """(3, side, side) uint8 of a random crop as of Listing 1; ShardError also if the picture is too small."""
+    image = image_of(sample)
+    try:
+        return dvae_crop(image, side, random).transpose(2, 0, 1)
+    except ImageProblem as problem:
+        raise ShardError(f"sample {shown(sample.key)}: {problem}") from None
+
+
+def _decoded(sample: Sample, made_of: Callable[[bytes], T]) -> T:
     for ending in IMAGE_ENDINGS:
         if ending in sample.files:
             try:
-                return decode(sample.files[ending])
+                return made_of(sample.files[ending])
             except MemoryError:
                 raise
             except Exception as error:  # decoders raise whatever their library does on bad bytes

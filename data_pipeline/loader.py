@@ -21,12 +21,12 @@ from cluster.settings import SettingError, require_at_least_one, setting
 from data_pipeline.bad_samples import usable_sample
 from data_pipeline.bpe import Vocabulary
 from data_pipeline.buffers import Buffers
-from data_pipeline.contents import Codes, caption_of, picture_of, planes_of
+from data_pipeline.contents import Codes, caption_of, picture_of, planes_of, random_planes_of
 from data_pipeline.draws import Draws
 from data_pipeline.folders import Shards
 from data_pipeline.mixture import order_of
 from data_pipeline.open_files import MOST_OPEN
-from data_pipeline.order import CROP, DROPOUT, EMPTY, FLIP
+from data_pipeline.order import AUGMENT, CROP, DROPOUT, EMPTY, FLIP
 from data_pipeline.shards import Sample
 
 BRIGHTEST = np.float32(255)
@@ -165,23 +165,33 @@ class Batches(Generic[B_co]):
 
 
 class ImageBatches(Batches[ImageBatch]):
-    """Pictures, squared and flipped at random, with their captions."""
+    """Pictures with their captions: the middle square or a random crop (Listing 1), flipped at random or not."""
 
     def __init__(
-        self, shards: Shards, config: LoaderConfig, side: int, flip: bool, rank: int = 0, world_size: int = 1
+        self,
+        shards: Shards,
+        config: LoaderConfig,
+        side: int,
+        flip: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        crop: bool = False,
     ) -> None:
         super().__init__(shards, config, rank, world_size)
-        self.side, self.flip = side, flip
+        self.side, self.flip, self.crop = side, flip, crop
         self._buffers = Buffers(config.readers + 2)  # those read ahead, the one in use and the one before it
 
     def collate(self, positions: range) -> ImageBatch:
-        flips = Draws(self.config.seed, FLIP, positions)
+        flips, crops = (Draws(self.config.seed, purpose, positions) for purpose in (FLIP, AUGMENT))
         pixels = self._buffers.empty((len(positions), 3, self.side, self.side))
         numbers = pixels.numpy()
 
         def make(sample: Sample, position: int) -> str:
             caption = caption_of(sample)
-            planes = planes_of(sample, self.side)
+            if self.crop:
+                planes = random_planes_of(sample, self.side, crops.at(position))
+            else:
+                planes = planes_of(sample, self.side)
             if self.flip and flips.at(position).random() < 0.5:
                 planes = planes[:, :, ::-1]
             np.divide(planes, BRIGHTEST, out=numbers[positions.index(position)])

@@ -18,10 +18,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from cluster.command import shown
-from cluster.manifest import FolderError, file_digest, write_json
+from cluster.manifest import FolderError, give_name, temporary, write_json
 from cluster.settings import UserError
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -113,25 +113,33 @@ def plain_key(name: str) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard | None:
-    """Write samples as `path` and its index; None, and no file, if there are no samples."""
-    part = path.with_name(path.name + ".part")
+    """Write samples as `path` and its index; None, and no file, if there are no samples.
+
+    Several processes may write the same shard at once, if they write the same samples.
+    """
+    part = temporary(path)
     keys: list[str] = []
-    places: list[dict[str, tuple[int, int]]] = []
-    with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            keys.append(sample.key)
-            places.append({ending: _add(tar, f"{sample.key}.{ending}", data) for ending, data in sample.files.items()})
+    places: list[dict[str, Place]] = []
+    try:
+        with open(part, "w+b") as file:  # by name it may be gone already: another writer may sweep it away
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for sample in samples:
+                    keys.append(sample.key)
+                    places.append({end: _add(tar, f"{sample.key}.{end}", data) for end, data in sample.files.items()})
+            file.flush()
+            os.fsync(file.fileno())
+            n_bytes = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            index = {"count": len(keys), "bytes": n_bytes, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError:  # a full disk
+        part.unlink(missing_ok=True)
+        raise
     if not keys:
-        part.unlink()
+        part.unlink(missing_ok=True)
         return None
-    part.replace(path)
-    index = {
-        "count": len(keys),
-        "bytes": path.stat().st_size,
-        "sha256": file_digest(path),
-        "samples": [[key, place] for key, place in zip(keys, places, strict=True)],
-    }
-    write_json(path.with_suffix(".json"), index)
+    if not give_name(part, path) and not path.is_file():
+        raise FolderError(f"{shown(path)} was removed while it was written; run the same command again")
+    write_json(path.with_suffix(".json"), index | {"samples": [list(row) for row in zip(keys, places, strict=True)]})
     return Shard(path, keys, places)
 
 
@@ -152,6 +160,12 @@ def open_shard(path: Path, origin: Origin | None = None) -> Shard:
         found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
         raise FolderError(f"{shown(path)} is cut or changed: {found}, its index says {n_bytes} bytes")
     return Shard(path, keys, places, origin)
+
+
+def index_record(path: Path) -> dict[str, Any]:
+    """The bytes and sha256 of a shard that was just written, from its index."""
+    index = json.loads(path.with_suffix(".json").read_bytes())
+    return {"bytes": index["bytes"], "sha256": index["sha256"]}
 
 
 def checked_places(place: dict[str, list[int]], n_bytes: int) -> dict[str, Place]:

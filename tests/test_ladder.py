@@ -20,6 +20,7 @@ BESIDE = {"tests", "benchmarks"}  # may import anything, imported by nobody
 DOORS = {  # the files that may import a vendor: one file, or all below a folder
     "deepspeed": "pretrain/engine",
     "fsspec": "data_pipeline/remote.py",
+    "py3langid": "data_pipeline/languages.py",
     "sentencepiece": "data_pipeline/bpe.py",
     "tensorboard": "cluster/metrics.py",
     "triton": "kernels/",

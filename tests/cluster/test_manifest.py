@@ -1,6 +1,8 @@
 """Manifests: a folder that is missing, unfinished, damaged or of other origin is refused and says so."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from cluster.manifest import (
     is_done,
     read_manifest,
     refuse_other_origin,
+    sweep,
+    temporary,
     write_bytes,
     write_manifest,
 )
@@ -122,3 +126,46 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space"):
         write_bytes(path, b"new and longer")
     assert path.read_bytes() == b"old"
+
+
+def test_what_killed_writers_left_is_swept_away_and_nothing_else(tmp_path: Path) -> None:
+    left, others = temporary(tmp_path / "a.json"), temporary(tmp_path / "a.json.old")
+    for path in (left, others, tmp_path / "a.json.part", tmp_path / "a.json.1.part"):
+        path.write_bytes(b"half")
+    write_bytes(tmp_path / "a.json", b"whole")
+    assert not left.exists() and others.exists() and len(list(tmp_path.iterdir())) == 4
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.json.1.part", "a.json.part"]
+
+
+def test_of_two_writers_at_once_the_last_to_end_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the other swept its temporary file away in between."""
+    real, turns = os.fsync, [b"second", b""]
+
+    def write_another_first(descriptor: int) -> None:
+        real(descriptor)
+        other = turns.pop(0) if turns else b""
+        if other:
+            write_bytes(tmp_path / "a.json", other)
+
+    monkeypatch.setattr(os, "fsync", write_another_first)
+    write_bytes(tmp_path / "a.json", b"first")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == b"first"
+
+
+def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "a.json", b"whole")
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_that_are_known_are_not_read_again(tmp_path: Path) -> None:
+    record = {"bytes": 3, "sha256": "s" * 64}
+    (tmp_path / "tokens").mkdir()
+    write_manifest(tmp_path / "tokens", "tokens", {}, {}, {"a.tar": record}, {})
+    assert read_manifest(tmp_path / "tokens", "tokens").files == {"a.tar": record}

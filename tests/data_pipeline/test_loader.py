@@ -13,7 +13,9 @@ from PIL import Image
 
 from cluster.manifest import FolderError, write_manifest
 from cluster.settings import SettingError
+from data_pipeline.augment import dvae_crop
 from data_pipeline.bpe import open_vocabulary
+from data_pipeline.contents import image_of
 from data_pipeline.loader import (
     PAD,
     ImageBatches,
@@ -26,8 +28,9 @@ from data_pipeline.loader import (
     pad_text,
     picture_of,
 )
+from data_pipeline.order import AUGMENT, counter_random
 from data_pipeline.shards import Sample, ShardError, write_shard
-from tests.pairs import caption
+from tests.pairs import caption, encoded
 
 CONFIG = LoaderConfig(batch=6, seed=5, shuffle_window=2)
 
@@ -197,6 +200,38 @@ def test_about_half_of_the_pictures_are_mirrored_left_to_right(data: Path, monke
     kinds = Counter("plain" if torch.equal(p, plain) else "mirrored" for p in pixels)
     assert all(torch.equal(p, plain) or torch.equal(p, plain.flip(-1)) for p in pixels)
     assert 16 < kinds["mirrored"] < 48
+
+
+def test_random_crops_are_drawn_anew_at_each_visit_from_the_position_alone(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (21, 20, 30, 3), np.uint8)
+    write_shard(
+        tmp_path / "train-000000.tar",
+        [
+            Sample(f"{n}", {"png": encoded(Image.fromarray(picture), "png"), "txt": b"a"})
+            for n, picture in enumerate(noise)
+        ],
+    )
+    write_manifest(tmp_path, "images", {}, {"train": 21}, ["train-000000.tar"], {})
+    shards = Shards(tmp_path, "images", "train")
+    batches = [ImageBatches(shards, LoaderConfig(batch=21), 8, flip=False, crop=True) for _ in range(2)]
+    samples = {sample.key: sample for sample in shards}
+    first = {step: batches[0].read(step) for step in range(3)}
+    by_key = [dict(zip(batch.keys, batch.pixels.clone(), strict=True)) for batch in first.values()]
+    assert not any(torch.equal(by_key[0][key], by_key[1][key]) for key in samples)
+    for step in reversed(range(3)):
+        again = batches[1].read(step)
+        for row, (key, position) in enumerate(zip(again.keys, batches[1].positions(step), strict=True)):
+            random = counter_random(0, AUGMENT, position)
+            expected = dvae_crop(image_of(samples[key]), 8, random).transpose(2, 0, 1)
+            assert torch.equal(again.pixels[row], torch.from_numpy(expected / np.float32(255)))
+        assert again.keys == first[step].keys
+
+
+def test_a_picture_too_small_for_a_random_crop_is_a_bad_sample(data: Path) -> None:
+    shards = Shards(data / "images", "images", "train")
+    assert ImageBatches(shards, LoaderConfig(batch=4), 17, flip=False).read(0).pixels.shape == (4, 3, 17, 17)
+    with pytest.raises(ShardError, match="20 x 16 pixels, less than the crop's 17"):
+        ImageBatches(shards, LoaderConfig(batch=4), 17, flip=False, crop=True).read(0)
 
 
 def test_first_pictures_are_the_first_of_the_files(data: Path) -> None:

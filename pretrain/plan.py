@@ -28,6 +28,7 @@ from pretrain.train import COMMAND as TRAIN
 
 Changes = dict[str, Any]  # of settings of the run, by name
 
+MOST_NODES = 1024  # that are proposed
 OWN = "train."  # what a setting of the run is called among those of the plan
 
 
@@ -57,16 +58,22 @@ class PlanConfig:
             raise SettingError(f"mfu={self.mfu} must be at most 1")
 
 
-class PlanCommand(Command):
-    """Takes the words of `smalti train` beside its own."""
+class CommandAboutARun(Command):
+    """Takes the words of `smalti train` beside its own; its settings have those of the run in a section `train`."""
 
-    def settings(self, words: list[str]) -> PlanConfig:
-        """The plan's settings; SettingError as `load_settings` raises it."""
+    def settings(self, words: list[str]) -> Any:
+        """The settings; SettingError as `load_settings` raises it."""
         files, changes = split_words(words)
-        keys = {field.name for field in fields(PlanConfig)}
+        keys = [field.name for field in fields(self.config)]
+        theirs = {field.name for field in fields(TrainConfig)}
         own = [f"{key}={value}" for key, value in changes if key in keys]
-        others = [f"{key.removeprefix(OWN)}={value}" for key, value in changes if key not in keys]
-        return replace(load_settings(PlanConfig, own, self.presets), train=TRAIN.settings(files + others))
+        others = [(key.removeprefix(OWN), value) for key, value in changes if key not in keys]
+        for key, _ in others:
+            if key.split(".")[0] not in theirs:
+                told = f"`smalti {self.verb}` has: {', '.join(keys)}; and all that `smalti train` has"
+                raise SettingError(f"setting {key!r} does not exist; {told}")
+        train = TRAIN.settings(files + [f"{key}={value}" for key, value in others])
+        return replace(load_settings(self.config, own, self.presets), train=train)
 
 
 def plan(config: PlanConfig) -> None:
@@ -109,10 +116,24 @@ def refusal(run: Blueprint, cluster: Cluster, gpu: str) -> str:
     found = changes_that_fit(run, cluster)
     if found:
         return f"{need}: use {', '.join(found)}"
-    larger = [name for name, other in GPUS.items() if memory.total <= other.usable]
-    return f"{need}, whatever is sharded, computed again or kept on the CPU: " + (
-        f"it fits {larger[0]}" if larger else "use more nodes or a smaller model"
-    )
+    larger = [f"it fits {name}" for name, other in GPUS.items() if memory.total <= other.usable][:1]
+    options = [*larger, *more_nodes(run, cluster)] or ["use more nodes or a smaller model"]
+    return f"{need}, whatever is sharded, computed again or kept on the CPU: {'; or '.join(options)}"
+
+
+def more_nodes(run: Blueprint, cluster: Cluster) -> list[str]:
+    """The fewest nodes, as twice as many are tried again and again, on which the run fits with changes."""
+    nodes = 2 * cluster.nodes
+    while nodes <= MOST_NODES:
+        try:
+            there = run.on(nodes * cluster.gpus_per_node)
+            found = changes_that_fit(there, replace(cluster, nodes=nodes))
+        except SettingError:  # the batch is too small for so many
+            return []
+        if found or _fits(there, cluster, {}):
+            return [f"use {', '.join([f'nodes={nodes}', *found])}"]
+        nodes *= 2
+    return []
 
 
 def changes_that_fit(run: Blueprint, cluster: Cluster) -> list[str]:
@@ -178,7 +199,7 @@ def _changed(config: TrainConfig, changes: Changes) -> TrainConfig:
     return replace(config, optim=replace(config.optim, **of_optim), **others)
 
 
-COMMAND = PlanCommand("plan", PlanConfig, Path(__file__).parent / "configs" / "plan", plan, __doc__)
+COMMAND = CommandAboutARun("plan", PlanConfig, Path(__file__).parent / "configs" / "plan", plan, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_command(COMMAND, sys.argv[1:]))

@@ -18,6 +18,7 @@ arXiv 2407.21783, table 4). For H200 it is the H100's, for B200 a guess.
 from dataclasses import dataclass
 
 GIB = 2**30
+MEMORY_TOLERANCE = 0.1  # data sheets count some in 10^9 bytes, and a part is kept for error correction
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,16 @@ GPUS = {
     "h200-141g": Gpu(141, 989, 67, 4_800, 450, 400, 0.40),
     "b200": Gpu(180, 2_250, 75, 8_000, 900, 400, 0.35),
 }
+
+
+def kind_of(name: str, total: int) -> str | None:
+    """The kind of a device with this name, as CUDA tells it, and so many bytes; None if there are no numbers for it.
+
+    What has no NVLink (PCIe cards) is of no kind here: its links are other ones.
+    """
+    words = name.upper().replace("-", " ").split()
+    for kind, gpu in GPUS.items():
+        near = abs(total / (gpu.memory_gib * GIB) - 1) < MEMORY_TOLERANCE
+        if kind.partition("-")[0].upper() in words and "PCIE" not in words and near:
+            return kind
+    return None

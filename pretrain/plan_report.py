@@ -21,7 +21,7 @@ def outlook(memory: Memory, cluster: Cluster, samples: int) -> Found:
     run, step = memory.plan, Step(memory, cluster)
     config = run.config
     moment, held = memory.peak
-    kept = config.keep_last + (config.n_steps // config.keep_every if config.keep_every else 0)
+    kept = checkpoints_kept(config)
     return {
         "run": {"nodes": cluster.nodes, "gpus": run.world_size, "batch": config.data.batch, "steps": config.n_steps,
                 "precision": config.precision, "samples_at_once": run.samples},
@@ -41,6 +41,11 @@ def outlook(memory: Memory, cluster: Cluster, samples: int) -> Found:
                  "tokens": samples * sample_bytes(run.sizes.grid), "samples": samples},
         "deepspeed": deepspeed_settings(config, run.world_size),
     }  # fmt: skip
+
+
+def checkpoints_kept(config: TrainConfig) -> int:
+    """At the end of a run; there is one more while a new one is written."""
+    return config.keep_last + (config.n_steps // config.keep_every if config.keep_every else 0)
 
 
 def compression(memory: Memory) -> Found:

@@ -123,14 +123,14 @@ def blueprint(config: TrainConfig, sizes: Sizes, world_size: int) -> Blueprint:
     return Blueprint(config, sizes, world_size, model, _weights(model, config))
 
 
-def sizes_of(config: TrainConfig) -> tuple[Sizes, bool]:
+def sizes_of(config: TrainConfig, whole: bool = True) -> tuple[Sizes, bool]:
     """What the data decides of the model's shape, True; the paper's sizes, False, where there is none yet.
 
-    FolderError if there are folders, but not finished or not whole.
+    FolderError if there are folders, but not finished or, with whole=True, not whole.
     """
     if not Path(config.tokens.split("::")[0].strip()).is_dir() or not Path(config.vocab).is_dir():
         return PAPER, False
-    counts = joined([folder.manifest for folder in open_folders(config.tokens, "tokens", config.cache)]).counts
+    counts = joined([one.manifest for one in open_folders(config.tokens, "tokens", config.cache, whole)]).counts
     vocabulary, _ = open_vocabulary(Path(config.vocab))
     return Sizes(vocabulary.size, counts["codebook"], counts["grid"]), True
 

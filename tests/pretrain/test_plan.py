@@ -125,6 +125,17 @@ def test_a_run_that_fits_nowhere_says_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "use more nodes or a smaller model" in capsys.readouterr().err
 
 
+def test_a_run_that_fits_no_single_node_is_told_how_many_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["dalle-12b", "tokens=nowhere", "gpu=v100-16g"]
+    assert run_command(COMMAND, words) == 1
+    told = capsys.readouterr().err.strip()
+    assert "whatever is sharded" in told
+    fix = told.rpartition("use ")[2].split(", ")
+    nodes = int(fix[0].removeprefix("nodes="))
+    assert nodes > 1 and run_command(COMMAND, [*words, *fix]) == 0
+    assert not changes_that_fit(*run_of([*words, f"nodes={nodes // 2}"]))
+
+
 def test_the_modern_preset_fits_its_node_with_room(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(COMMAND, ["small-256"]) == 0
     told = capsys.readouterr().out
@@ -233,6 +244,8 @@ def test_words_of_train_change_the_run_and_words_of_plan_the_machines() -> None:
     assert config.train.optim.moments == "16-bit"
     with pytest.raises(SettingError, match="zero_shard'"):
         COMMAND.settings(["dalle-12b", "zero_shard=16"])
+    with pytest.raises(SettingError, match="'node' does not exist; `smalti plan` has: nodes"):
+        COMMAND.settings(["dalle-12b", "node=16"])
     with pytest.raises(SettingError, match="mfu"):
         COMMAND.settings(["dalle-12b", "mfu=30"])
 

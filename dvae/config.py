@@ -78,7 +78,24 @@ class DvaeTrainConfig(RunConfig):
     min_log_scale: float = setting(-20.0, "floor of the likelihood's ln b; the paper has none")
     weight_decay: float = setting(1e-4, "AdamW's (the paper: 1e-4)")
     clip: float = setting(1.0, "global gradient norm")
-    flip: bool = setting(True, "flip pictures at random (Listing 1)")
+    augment: Literal["none", "paper"] = setting(
+        "none", "none: the middle square; paper: a random crop, shrunk (Listing 1), of pictures kept larger"
+    )
+    flip: bool = setting(True, "flip pictures at random")
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "of convolutions, but the two next to the relaxation (the paper: fp16, with one loss scale)"
+    )
+    activation_checkpointing: Literal["none", "block"] = setting(
+        "none", "block: keep the inputs of residual blocks and compute the rest again; changes no bit"
+    )
+    relaxation: Literal["gumbel", "straight-through"] = setting(
+        "gumbel", "gumbel: relaxed codes in forward and backward, as the paper; straight-through: hard codes in forward"
+    )
+    average_decay: float = setting(0.0, "of the iterate average that is measured and released (0.999); 0 is none")
+    collapse_below: float = setting(0.02, "share of the codebook, in use or as perplexity, below which codes collapse")
+    collapse_after: int = setting(3, "held-out measurements in a row that are a collapse")
+    on_collapse: Literal["warn", "stop"] = setting("warn", "warn: say what to change; stop: say it and end")
+    fid_inception: str = setting("", "TorchScript file of an Inception: the finished run then tells its FID")
     evaluate_every: int = setting(1_000, "steps between held-out measurements")
     save_every: int = setting(1_000, "steps between checkpoints")
     model: DvaeConfig = section(DvaeConfig)
@@ -92,4 +109,7 @@ class DvaeTrainConfig(RunConfig):
                 f"start='seeded' needs a linear path, so model.n_groups=1, not {self.model.n_groups} (raise model.fold)"
             )
         super().__post_init__()
-        require_at_least_one(self, ("n_steps",))
+        require_at_least_one(self, ("n_steps", "collapse_after"))
+        for name in ("average_decay", "collapse_below"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{name}={getattr(self, name)} must be at least 0 and below 1")

@@ -8,10 +8,9 @@ import torch
 from cluster.settings import SettingError
 from dvae.config import DvaeConfig, ScheduleConfig
 from dvae.likelihood import logit_laplace_nats, map_pixels, most_likely_pixels, unmap_pixels
-from dvae.measure import code_usage
+from dvae.measure import usage_of
 from dvae.model import Dvae
 from dvae.schedule import kl_weight, learning_rate, temperature
-from dvae.train import effective_kl_weight
 
 SMALL = DvaeConfig(image_side=16, fold=1, width=8, n_groups=3, n_blocks=1, n_init=8, codebook=32)
 PAPER = DvaeConfig(image_side=256, fold=1, width=256, n_groups=4, n_blocks=2, n_init=128, codebook=8192)
@@ -101,11 +100,6 @@ def test_the_schedules_are_the_papers() -> None:
     assert (kl_weight(paper, 0), kl_weight(paper, 2_500), kl_weight(paper, 9_999)) == (0.0, pytest.approx(3.3), 6.6)
 
 
-def test_the_kl_is_weighted_as_appendix_a2_normalises_it() -> None:
-    assert effective_kl_weight(PAPER, 6.6) == pytest.approx(6.6 / 192)
-
-
 def test_code_usage_counts_what_occurs() -> None:
-    used, perplexity = code_usage(torch.tensor([[0, 1], [2, 3]]), 8)
-    assert (used, perplexity) == (0.5, pytest.approx(4.0))
-    assert code_usage(torch.zeros(9, dtype=torch.int64), 8) == (0.125, pytest.approx(1.0))
+    assert usage_of(torch.tensor([1, 1, 1, 1, 0, 0, 0, 0])) == (0.5, pytest.approx(4.0))
+    assert usage_of(torch.tensor([0, 9, 0, 0, 0, 0, 0, 0])) == (0.125, pytest.approx(1.0))

@@ -11,6 +11,7 @@ import torch
 
 from cluster.manifest import FolderError, read_manifest
 from cluster.metrics import read_metrics
+from cluster.process import Place
 from cluster.run import Run
 from cluster.watch import Requeue
 from cluster.weights import WEIGHTS
@@ -23,6 +24,7 @@ from dvae.tokenise import TokeniseConfig, tokenise
 from dvae.train import open_dvae, train
 from tests.small import SMALL_DVAE, smalti
 
+ALONE = Place(0, 1, torch.device("cpu"))
 MODEL = DvaeConfig(image_side=16, fold=4, width=16, n_groups=1, n_blocks=1, n_init=16, codebook=32)
 
 
@@ -37,7 +39,7 @@ def settings(data: Path, out: Path, **changes: Any) -> DvaeTrainConfig:
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dvae") / "run"
-    train(settings(data, out))
+    train(settings(data, out), ALONE)
     return out
 
 
@@ -52,9 +54,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(Run, "told_to_stop", lambda self: next(asked))
         with pytest.raises(Requeue):
-            train(settings(data, out))
+            train(settings(data, out), ALONE)
     assert len(training_losses(out)) == 3
-    train(settings(data, out))
+    train(settings(data, out), ALONE)
     assert training_losses(out) == training_losses(trained)
     assert (out / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
@@ -67,7 +69,7 @@ def test_code_usage_is_logged_from_the_first_step(trained: Path) -> None:
 
 def test_a_run_with_other_settings_is_refused_by_name(data: Path, trained: Path) -> None:
     with pytest.raises(FolderError, match=r"weight_decay: 0.0001 there, 0.5 here"):
-        train(settings(data, trained, weight_decay=0.5))
+        train(settings(data, trained, weight_decay=0.5), ALONE)
 
 
 def test_tokens_are_the_codes_of_the_pictures(data: Path, trained: Path, tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_an_unfinished_token_folder_is_not_mixed_with_another_dvae(data: Path, t
     config = TokeniseConfig(str(data / "images"), str(data / "vocab"), str(trained), str(tmp_path / "tokens"))
     tokenise(config)
     (tmp_path / "tokens" / "manifest.json").unlink()
-    train(settings(data, tmp_path / "other", seed=1))
+    train(settings(data, tmp_path / "other", seed=1), ALONE)
     with pytest.raises(FolderError, match="another dvae"):
         tokenise(dataclasses.replace(config, dvae=str(tmp_path / "other")))
 
@@ -120,7 +122,7 @@ def test_a_cut_image_shard_is_named(data: Path, tmp_path: Path) -> None:
     shard = sorted(copy.glob("train-*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:2048])
     with pytest.raises(FolderError, match=shard.name):
-        train(settings(tmp_path, tmp_path / "run"))
+        train(settings(tmp_path, tmp_path / "run"), ALONE)
     assert open_shard(sorted(copy.glob("train-*.tar"))[1])
 
 
@@ -130,5 +132,11 @@ def test_tars_of_others_are_trained_on_without_preprocess(tmp_path: Path) -> Non
     words = [f"images={tmp_path}/train-00000.tar", f"heldout_images={tmp_path}/heldout-00000.tar", "n_steps=2"]
     smalti("dvae", *SMALL_DVAE, *words, f"out={tmp_path}/run")
     assert len(list((tmp_path / "run" / "indexes").iterdir())) == 2
+    losses = [training_losses(tmp_path / "run")]
+    for changes in ("augment=paper", "flip=false"):
+        out = tmp_path / changes
+        smalti("dvae", *SMALL_DVAE, *words, changes, f"out={out}")
+        losses.append(training_losses(out))
+    assert len({one[0] for one in losses}) == 3  # other pixels from the first step on
     proved = smalti("ledger", f"{tmp_path}/run", check=False)
     assert proved.returncode == 0, proved.stdout + proved.stderr

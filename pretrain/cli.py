@@ -11,10 +11,12 @@ from cluster.watch import INTERRUPTED
 
 VERBS = {
     "preprocess": "data_pipeline.preprocess",
+    "preprocess merge": "data_pipeline.merge",
     "dvae": "dvae.train",
     "dvae import": "dvae.openai_import",
     "dvae export": "dvae.openai_export",
     "tokenise": "dvae.tokenise",
+    "tokenise merge": "dvae.tokenise_merge",
     "train": "pretrain.train",
     "scorer": "pretrain.scorer",
     "sample": "pretrain.sample",
@@ -25,6 +27,12 @@ VERBS = {
     "ledger": "data_pipeline.proof",
     "plot": "pretrain.plot",
     "plan": "pretrain.plan",
+    "launch local": "pretrain.launch_local",
+    "launch hostfile": "pretrain.launch_hostfile",
+    "launch slurm": "pretrain.launch_slurm",
+    "doctor": "pretrain.doctor",
+    "pipeline slurm": "pretrain.pipeline",
+    "status": "pretrain.status",
     "drill": "pretrain.drill",
     "demo": "pretrain.demo",
 }
@@ -40,10 +48,16 @@ def main() -> int:
         print(f"smalti: {verb!r} is no verb; there are: {', '.join(VERBS)} (see `smalti --help`)", file=sys.stderr)
         return 2
     try:
-        command: Command = importlib.import_module(VERBS[verb]).COMMAND
+        command = command_of(verb)
     except KeyboardInterrupt:  # importing torch takes a second or two
         return INTERRUPTED
     return run_command(command, words)
+
+
+def command_of(verb: str) -> Command:
+    """The entry point of a verb that is listed."""
+    command: Command = importlib.import_module(VERBS[verb]).COMMAND
+    return command
 
 
 def split_verb(words: list[str]) -> tuple[str, list[str]]:
@@ -54,9 +68,8 @@ def split_verb(words: list[str]) -> tuple[str, list[str]]:
 
 def _overview() -> str:
     lines = ["smalti VERB [PRESET | FILE.toml] [key=value ...]      smalti VERB --help\n"]
-    for verb, module in VERBS.items():
-        about = importlib.import_module(module).COMMAND.about.strip().splitlines()[0]
-        lines.append(f"  {verb:<11} {about}")
+    for verb in VERBS:
+        lines.append(f"  {verb:<17} {command_of(verb).about.strip().splitlines()[0]}")
     return "\n".join(lines)
 
 

@@ -4,150 +4,80 @@
 
 Writes tars with KEY.npy (uint16, crops x G x G) and KEY.txt, stamped with the fingerprint of the
 dVAE. Killed and run again, it keeps the finished shards. Shared by the ranks of a launch, or by tasks
-(tasks=8 task=0, ...; `smalti tokenise merge` ends it): the result is the same bytes. The embedded
-emoji take some seconds.
+(tasks=8 task=0, ...; `smalti tokenise merge` ends it): the result is the same bytes. With
+precision=bf16 a sample is coded in fp32 too, before any work, and too many other codes are refused.
+At the end some pictures are drawn from the codes written (`sample.png`) and their PSNR is told. The
+embedded emoji take some seconds.
 """
 
 import io
 import itertools
-import json
 import sys
-from dataclasses import dataclass
-from hashlib import sha256
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from cluster.command import Command, run_command
-from cluster.manifest import (
-    FolderError,
-    Manifest,
-    is_done,
-    read_manifest,
-    sweep,
-    write_bytes,
-    write_json,
-    write_manifest,
-)
+from cluster.manifest import sweep, write_json, write_manifest
 from cluster.metrics import Progress
-from cluster.process import Place, meet, meeting_place
-from cluster.settings import SettingError, from_dict, require_at_least_one, setting
-from data_pipeline.augment import transformer_crop
-from data_pipeline.bpe import Vocabulary, open_vocabulary
-from data_pipeline.contents import image_of, picture_of
+from cluster.process import Place, computes_bf16, gathered, lone_place, meet, meeting_place
+from data_pipeline.bpe import Vocabulary
 from data_pipeline.convert import SPLITS
-from data_pipeline.folders import LocalFolder, shard_names
-from data_pipeline.loader import to_pixels
-from data_pipeline.order import AUGMENT, counter_random
 from data_pipeline.shards import Sample, Shard, index_record, open_shard, write_shard
-from data_pipeline.shares import check_share, refuse_gaps, share_of
-from dvae.config import DvaeConfig
-from dvae.likelihood import map_pixels
+from data_pipeline.shares import refuse_gaps, share_of
+from dvae.check_codes import N_DRAWN, draw_back, encode
 from dvae.model import Dvae
+from dvae.token_work import TokeniseConfig, Work, crops_of
 from dvae.train import open_dvae
 
-DONE = {"count", "too_small", "captions_by_tokens"}  # what a shard's record tells, beside its bytes and sha256
-
-
-@dataclass(frozen=True)
-class TokeniseConfig:
-    """What is read and written."""
-
-    images: str = setting("data/images", "image shards, from `smalti preprocess`")
-    vocab: str = setting("data/vocab", "the BPE the captions will be read with")
-    dvae: str = setting("runs/dvae", "trained dVAE")
-    out: str = setting("data/tokens", "folder to write")
-    batch: int = setting(128, "pictures encoded at a time")
-    augment: Literal["center", "transformer"] = setting(
-        "center", "center: the middle square; transformer: random crops near it (Listing 2)"
-    )
-    crops: int = setting(1, "random crops of each picture; training draws one at each visit")
-    seed: int = setting(0, "decides the random crops")
-    tasks: int = setting(0, "so many tasks share the work, each with its task=; `smalti tokenise merge` ends it")
-    task: int = setting(-1, "number of this task, from 0; it does its share and no more")
-
-    def __post_init__(self) -> None:
-        require_at_least_one(self, ("batch", "crops"))
-        check_share(self.tasks, self.task)
-        if self.crops > 1 and self.augment == "center":
-            raise SettingError(f"crops={self.crops} needs augment=transformer: the middle square is always the same")
-
-
-class Work:
-    """What a folder of tokens is made from, and its shards as they are done."""
-
-    def __init__(self, config: TokeniseConfig) -> None:
-        self.config, self.out = config, Path(config.out)
-        self.images = Path(config.images)
-        self.manifest: Manifest = LocalFolder(self.images, "images").manifest
-        dvae = read_manifest(Path(config.dvae), "dvae")
-        self.shape = from_dict(DvaeConfig, dvae.settings["model"])
-        self.vocabulary, vocab = open_vocabulary(Path(config.vocab))
-        self.made_from = {"images": self.manifest.fingerprint, "dvae": dvae.fingerprint, "vocab": vocab}
-        crops = {"augment": config.augment, "crops": config.crops, "seed": config.seed}
-        self.settings = crops if config.augment != "center" else {}
-        self.names = [name for split in SPLITS for name in shard_names(self.manifest, split)]
-
-    def is_done(self) -> bool:
-        if not is_done(self.out, "tokens", self.settings, self.made_from):
-            return False
-        print(f"{self.out} is finished already")
-        return True
-
-    def claim(self) -> None:
-        """Refuse to mix shards of two dVAEs or image sets in one unfinished folder."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        path, origin = self.out / "begun.json", json.dumps(self.made_from | self.settings)
-        if path.is_file() and path.read_text() != origin:
-            raise FolderError(
-                f"{self.out} was begun with another dvae, images, vocab or crops; use another `out` or remove it"
-            )
-        write_bytes(path, origin.encode())
-
-    def record(self, name: str) -> dict[str, Any] | None:
-        """What is known of a shard that is done; None if it is not, or if its tar is gone or of another size."""
-        path = self.out / name
-        try:
-            record = json.loads(path.with_suffix(".done.json").read_text())
-            whole = (
-                not record["count"] or path.stat().st_size == record["bytes"] and path.with_suffix(".json").is_file()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return record if whole and record.keys() >= DONE else None
+COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def tokenise(config: TokeniseConfig) -> None:
     """Run the stage; see the module's text."""
     with meeting_place(on_cpu=False) as place:
+        is_fast = config.precision == "auto" and computes_bf16(place)  # all ranks ask, whatever each finds below
         work = Work(config)
         share = share_of(work.names, config.tasks, config.task, place)
+        work.settle(place, is_fast)
         done = work.is_done()
-        if not done:
-            encode_share(work, share, place)
+        speed = (0, 0.0) if done else encode_share(work, share, place)
         if config.tasks or done:
             return
         meet(place)
+        coded, seconds = zip(*gathered(place, speed), strict=True)
         if place.is_main:
-            finish(work)
+            finish(work, place.device, rate(sum(coded), max(seconds)))
 
 
-def encode_share(work: Work, names: list[str], place: Place) -> None:
-    """The shards of these names that are not done."""
+def encode_share(work: Work, names: list[str], place: Place) -> tuple[int, float]:
+    """The shards of these names that are not done; pictures coded and seconds."""
     work.claim()
-    model, _ = open_dvae(Path(work.config.dvae), place.device)
+    model, _ = open_dvae(Path(work.config.dvae), place.device, COMPUTES[work.precision])
     shards = [open_shard(work.images / name) for name in names]
     progress = Progress("tokenise", sum(map(len, shards)), unit="picture")
+    coded, start = 0, time.monotonic()
     for shard in shards:
         if work.record(shard.path.name) is None:
             write_tokens(work, shard, model, place.device)
+            coded += len(shard)
         progress.advance(len(shard))
     progress.close()
+    seconds = time.monotonic() - start
     if work.config.tasks:
-        print(f"task {work.config.task} of {work.config.tasks}: {len(names)} of {len(work.names)} shards are done; "
-              "when all tasks are, `smalti tokenise merge` with the same words ends it")  # fmt: skip
+        print(
+            f"task {work.config.task} of {work.config.tasks}: {len(names)} of {len(work.names)} shards are done"
+            f"{rate(coded, seconds)}; when all tasks are, `smalti tokenise merge` with the same words ends it"
+        )
+    return coded, seconds
+
+
+def rate(coded: int, seconds: float) -> str:
+    """Throughput in words, "" if nothing was left to do."""
+    return f", {coded / max(seconds, 1e-9):,.1f} pictures/s" if coded else ""
 
 
 def write_tokens(work: Work, shard: Shard, model: Dvae, device: torch.device) -> None:
@@ -157,18 +87,20 @@ def write_tokens(work: Work, shard: Shard, model: Dvae, device: torch.device) ->
     written = write_shard(path, coded)
     lengths = captions_by_tokens(coded, work.vocabulary)
     record = {"count": len(coded), "too_small": len(shard) - len(coded), "captions_by_tokens": lengths}
+    record |= {"precision": work.precision} if work.precision != "fp32" else {}
     write_json(path.with_suffix(".done.json"), record | (index_record(path) if written else {}))
 
 
 def merge(config: TokeniseConfig) -> None:
     """Write the manifest over the shards of all tasks; FolderError while one is missing."""
-    work = Work(config)
+    work, place = Work(config), lone_place()
+    work.settle(place, is_fast=False)  # the tasks have decided
     if not work.is_done():
-        finish(work)
+        finish(work, place.device)
 
 
-def finish(work: Work) -> None:
-    """Records -> manifest."""
+def finish(work: Work, device: torch.device, speed: str = "") -> None:
+    """Records -> manifest, when a sample of what is written has been looked at."""
     records = {name: work.record(name) for name in work.names}
     missing = {number: name for number, name in enumerate(work.names) if records[name] is None}
     refuse_gaps(missing, len(work.names), "tokenise", work.config.tasks)
@@ -177,9 +109,7 @@ def finish(work: Work) -> None:
     of_split = {split: [found[name] for name in found if name.startswith(f"{split}-")] for split in SPLITS}
     counts: dict[str, Any] = {split: sum(r["count"] for r in of_split[split]) for split in SPLITS if of_split[split]}
     if not counts.get("train"):
-        raise FolderError(
-            f"no training picture of {work.images} has {work.shape.image_side} pixels along its short side"
-        )
+        raise work.nothing_fits()
     counts |= {"codebook": work.shape.codebook, "grid": work.shape.grid, "crops": work.config.crops}
     lengths = itertools.zip_longest(*(record["captions_by_tokens"] for record in of_split["train"]), fillvalue=0)
     counts["captions_by_tokens"] = [sum(column) for column in lengths]
@@ -190,10 +120,12 @@ def finish(work: Work) -> None:
     files = {
         name: {key: record[key] for key in ("bytes", "sha256")} for name, record in found.items() if record["count"]
     }
+    sample = list(work.first_crops("heldout", N_DRAWN)) or list(work.first_crops("train", N_DRAWN))
+    counts |= work.equal | {"sample_psnr_db": draw_back(work.out, Path(work.config.dvae), sample, device)}
     sweep(work.out)
     write_manifest(work.out, "tokens", work.settings, counts, files, work.made_from)
     n_pictures = counts["train"] + counts.get("heldout", 0)
-    print(f"{n_pictures} pictures as {work.shape.grid}x{work.shape.grid} codes in {work.out}")
+    print(f"{n_pictures} pictures as {work.shape.grid}x{work.shape.grid} codes in {work.out}{speed}")
 
 
 @torch.no_grad()
@@ -211,27 +143,6 @@ def encode_shard(shard: Shard, model: Dvae, config: TokeniseConfig, device: torc
                 grids = np.stack(list(itertools.islice(codes, len(each))))
                 coded.append(Sample(sample.key, {"npy": npy_bytes(grids), "txt": sample.files["txt"]}))
     return coded
-
-
-def encode(pictures: np.ndarray, model: Dvae, device: torch.device) -> np.ndarray:
-    """(N, P, P, 3) uint8 -> (N, G, G) uint16 codes."""
-    mapped = map_pixels(to_pixels(pictures).to(device)).contiguous(memory_format=torch.channels_last)
-    return model.encode(mapped).cpu().numpy().astype(np.uint16)
-
-
-def crops_of(sample: Sample, side: int, config: TokeniseConfig) -> list[np.ndarray]:
-    """What is coded of a picture, each (side, side, 3) uint8; nothing of one that is too small to be cropped.
-
-    A crop depends on (seed, key, number of the crop) alone: not on shards, batches or tasks.
-    """
-    if config.augment == "center":
-        return [picture_of(sample, side)]
-    image = image_of(sample)
-    if min(image.size) < side:
-        return []
-    key = int.from_bytes(sha256(sample.key.encode()).digest()[:8])
-    draws = (counter_random(config.seed, AUGMENT, key, crop) for crop in range(config.crops))
-    return [transformer_crop(image, side, random) for random in draws]
 
 
 def captions_by_tokens(samples: list[Sample], vocabulary: Vocabulary) -> list[int]:

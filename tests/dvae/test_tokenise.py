@@ -266,7 +266,7 @@ def test_settings_that_make_no_sense_are_refused(
 
 def test_other_crops_are_not_mixed_into_a_folder(made: Path, tmp_path: Path) -> None:
     tokenise(config_of(made, tmp_path, tasks=2, task=0))
-    with pytest.raises(FolderError, match="was begun with another dvae, images, vocab or crops"):
+    with pytest.raises(FolderError, match="was begun with another dvae, images, vocab, crops or precision"):
         tokenise(config_of(made, tmp_path, tasks=2, task=1, **CROPPED))
     tokenise(config_of(made, tmp_path))
     with pytest.raises(FolderError, match="crops: None there, 4 here"):

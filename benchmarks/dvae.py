@@ -3,8 +3,8 @@
 Each row is a claim with its bar, measured in processes of its own; ROW is one name, or the first part of several
 (`size`). emoji-128/... and dalle-pytorch train on pictures of 128 px: images=FOLDER, or that of
 `smalti preprocess emoji image_side=128 out=data-128`. size/codes is set beside the package `dall-e`, and dalle-pytorch
-beside the package of that name, where they are installed. Rows but for the last two take about 10 minutes on two
-cores, those about an hour a seed.
+beside the package of that name, where they are installed; size/gpu is left out without a GPU. Rows but for the last
+two take about 10 minutes on two cores, those about an hour a seed.
 """
 
 import argparse
@@ -23,11 +23,14 @@ from typing import Any
 
 from benchmarks.distributed_jobs import ROOT, Failed, Row, answers, last_json
 from benchmarks.peers import cpu_name
+from cluster.manifest import read_manifest
 from cluster.metrics import read_metrics
+from cluster.process import n_accelerators
 
 SIZE_SECONDS, RUN_SECONDS = 1800, 7200
 SEEDS = (0, 1, 2, 3, 4)
 MINUTE = 60.0
+NO_GPU = "this machine has no GPU"
 Setup = argparse.Namespace  # images: Path; folder: Path for runs; size: str; preset: list of words
 
 
@@ -61,7 +64,9 @@ def speed_rows(setup: Setup) -> list[Row]:
         spread = f"{min(found[what]):.2f} to {max(found[what]):.2f}"
         return f"{1 / ours:.3g} against {1 / theirs:.3g} pictures/s, rounds {spread}; {found['source']}"
 
-    share = f"matmul {found['gflop_s']:.0f} GFLOP/s in fp32; the step {found['share'] * found['gflop_s']:.0f}"
+    share = (
+        f"{found['product']} {found['gflop_s']:.0f} GFLOP/s in fp32; the step {found['share'] * found['gflop_s']:.0f}"
+    )
     return [
         Row("size/step", statistics.median(found["step"]), 1.2, True, against("step"), found),
         Row("size/encode", statistics.median(found["encode"]), 1.2, True, against("encode")),
@@ -83,7 +88,9 @@ def memory_rows(setup: Setup) -> list[Row]:
 
 
 def gpu_row(setup: Setup) -> Row:
-    """No bar: recorded."""
+    """No bar: recorded, where there is a GPU."""
+    if not n_accelerators():
+        return Row("size/gpu share", None, 0.0, True, NO_GPU)
     found = of_size(setup, "gpu")
     note = (
         f"{found['name']}: step {found['step']:.0f}, encode {found['encode']:.0f} pictures/s in bf16, "
@@ -93,7 +100,8 @@ def gpu_row(setup: Setup) -> Row:
 
 
 def trained(setup: Setup, seed: int) -> dict[str, Any]:
-    """A run of the preset: what it measured on held-out pictures at its end, and its minutes, restarts left out."""
+    """A run of the preset: what it measured on held-out pictures at its end; its minutes, restarts left out; the least
+    share of the codebook that it ever had, in use or as perplexity, and what its alarm calls a collapse."""
     need_pictures(setup)
     out = setup.folder / f"seed{seed}"
     words = [*setup.preset, f"images={setup.images}", f"out={out}", f"seed={seed}", f"data.seed={seed}"]
@@ -101,7 +109,10 @@ def trained(setup: Setup, seed: int) -> dict[str, Any]:
     records = read_metrics(out)
     measured = [line for line in records if "val/psnr_db" in line]
     seconds = sum(line.get("perf/step_seconds", 0.0) for line in records)
-    return measured[-1] | {"minutes": seconds / MINUTE, "least": min(line["val/codes_used"] for line in measured)}
+    settings = read_manifest(out, "dvae").settings
+    codebook = settings["model"]["codebook"]
+    least = min(min(line["val/codes_used"], line["val/perplexity"] / codebook) for line in measured)
+    return measured[-1] | {"minutes": seconds / MINUTE, "least": least, "bar": settings["collapse_below"]}
 
 
 def need_pictures(setup: Setup) -> None:
@@ -118,9 +129,12 @@ def emoji_rows(setup: Setup) -> list[Row]:
     def note(key: str, form: str) -> str:
         return f"seeds {setup.seeds}: {', '.join(format(value, form) for value in columns[key])}"
 
+    healthy = sum(run["least"] >= run["bar"] for run in found)
+    collapse = f"{healthy} of {len(found)} seeds without collapse; least share of the codebook, {note('least', '.1%')}"
     return [
         Row("emoji-128/psnr", min(columns["val/psnr_db"]), 24.0, True, f"dB held-out; {note('val/psnr_db', '.2f')}"),
         Row("emoji-128/codes", min(columns["val/codes_used"]), 0.6, True, note("val/codes_used", ".1%")),
+        Row("emoji-128/collapse", healthy, len(found), True, collapse),
         Row("emoji-128/minutes", max(columns["minutes"]), 60.0, False, note("minutes", ".1f")),
     ]
 
@@ -169,9 +183,20 @@ def rows(names: list[str], setup: Setup) -> Iterator[Row]:
         yield from made if isinstance(made, list) else [made]
 
 
+def verdict(row: Row) -> bool | None:
+    """None of what is not measured for want of a GPU, which is no failure."""
+    return None if row.note == NO_GPU else row.ok
+
+
 def about(row: Row) -> dict[str, object]:
-    named = {"what": row.what, "value": row.value, "bar": row.bar, "ok": row.ok}
+    named = {"what": row.what, "value": row.value, "bar": row.bar, "ok": verdict(row)}
     return named | {"at_least": row.at_least, "note": row.note, "load": os.getloadavg()[0], "details": row.details}
+
+
+def shown(row: Row) -> str:
+    value = "none" if row.value is None else f"{row.value:.4g}"
+    word = {True: "ok", False: "MISSED", None: "not measured:"}[verdict(row)]
+    return f"{row.what:<22} {value:>9} {'>=' if row.at_least else '<='} {row.bar:<7g} {word:<7} {row.note}"
 
 
 def machine() -> dict[str, object]:
@@ -199,12 +224,9 @@ def main() -> int:
         if words.json:
             print(json.dumps(machine()), flush=True)
         for row in rows(names, setup):
-            verdicts.append(row.ok)
-            value = "none" if row.value is None else f"{row.value:.4g}"
-            side = ">=" if row.at_least else "<="
-            line = f"{row.what:<22} {value:>9} {side} {row.bar:<7g} {'ok' if row.ok else 'MISSED':<7} {row.note}"
-            print(json.dumps(about(row)) if words.json else line, flush=True)
-    return 0 if all(verdicts) else 1
+            verdicts.append(verdict(row))
+            print(json.dumps(about(row)) if words.json else shown(row), flush=True)
+    return 1 if False in verdicts else 0
 
 
 if __name__ == "__main__":

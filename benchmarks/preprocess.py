@@ -27,11 +27,10 @@ from cluster.weights import WEIGHTS, save_weights
 from data_pipeline.augment import transformer_crop
 from data_pipeline.bpe import learn_vocabulary
 from data_pipeline.convert import PreprocessConfig
-from data_pipeline.dedupe import DedupeConfig
-from data_pipeline.filters import FilterConfig
+from data_pipeline.filters import Filters
 from data_pipeline.images import decode, encode, shrink, square
 from data_pipeline.order import counter_random
-from data_pipeline.preprocess import preprocess
+from data_pipeline.preprocess import COMMAND, preprocess
 from data_pipeline.shards import Sample, read_foreign, write_shard
 from data_pipeline.sources import EMBEDDED
 from dvae.config import DvaeConfig
@@ -47,7 +46,6 @@ SIDE, QUALITY = 192, 90
 EMOJI_SIDE, EMOJI_VOCAB = 64, 500
 CROPS = 4
 SMALL = DvaeConfig(image_side=64, fold=8, width=256, n_groups=1, n_blocks=2, n_init=256, codebook=2048)  # emoji-64's
-FILTERS = FilterConfig(min_words=1, max_aspect=2.0, min_side=32)
 
 
 def quiet(work: Callable[[], object]) -> None:
@@ -68,9 +66,9 @@ def afresh(stage: Callable[[Path], object], folder: Path) -> Callable[[], None]:
     return run
 
 
-def write_photos(folder: Path, count: int) -> Path:
-    """A tar of photographs with captions."""
-    random, texts = np.random.default_rng(0), captions()
+def write_photos(folder: Path, count: int, rules: Filters) -> Path:
+    """A tar of photographs with captions that these rules keep."""
+    random, texts = np.random.default_rng(0), [text for text in captions() if rules.of_caption(text, {}) is None]
     folder.mkdir()
     write_shard(
         folder / "0.tar", [Sample(f"{n:06d}", {"jpg": photo(random), "txt": texts[n].encode()}) for n in range(count)]
@@ -89,18 +87,22 @@ def preprocess_row(what: str, config: PreprocessConfig, blobs: list[bytes], fold
 
     stage = afresh(lambda out: preprocess(replace(config, out=str(out))), folder)
     quiet(stage)
+    kept = json.loads((folder / "0" / "report.json").read_text())["kept: train"]
+    if kept != len(blobs):
+        raise RuntimeError(f"{what}: {kept} of {len(blobs)} pictures are kept, so the floor does more than the stage")
     whole, bare = best_of(ROUNDS, stage, floor)
     note = f"{len(blobs) / whole:,.0f} pictures/s a core, {len(blobs) / bare:,.0f} bare"
     return Row(f"preprocess, {what}: share of the floor", bare / whole, BAR, True, note)
 
 
 def preprocess_rows(folder: Path, n_photos: int, heldout_only: bool) -> Iterator[Row]:
-    """Photographs as WebP with and without filters and copies, and the embedded emoji as PNG."""
-    photos = write_photos(folder / "photos", n_photos)
+    """Photographs as WebP with and without the paper's filters and copies, and the embedded emoji as PNG."""
+    paper: PreprocessConfig = COMMAND.settings(["paper"])
+    photos = write_photos(folder / "photos", n_photos, Filters(paper.filters))
     blobs = [sample.files["jpg"] for sample in read_foreign(photos / "0.tar")]
     config = PreprocessConfig(str(photos), image_side=SIDE, vocab_size=320, heldout_fraction=0.0, image_quality=QUALITY)
     yield preprocess_row("photographs", config, blobs, folder / "plain")
-    careful = replace(config, filters=FILTERS, dedupe=DedupeConfig(near=4))
+    careful = replace(config, filters=paper.filters, dedupe=paper.dedupe)
     yield preprocess_row("photographs, filters and copies", careful, blobs, folder / "careful")
     name = "emoji:heldout" if heldout_only else "emoji:train"
     tars = sorted(EMBEDDED.glob(f"{name.partition(':')[2]}-*.tar.gz"))

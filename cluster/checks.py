@@ -112,7 +112,7 @@ def accelerator(place: Place) -> Accelerator | None:
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that processes of this host, or of this job's share of it (a cgroup), can still take; None where the
-    system does not tell."""
+    system does not tell. What was read from files, and not lately, is let go when it is needed."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         left = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -122,14 +122,16 @@ def available_memory(root: Path = Path("/")) -> int | None:
     for group in groups:
         number, kinds, path = group.split(":", 2)
         if number == "0":
-            top, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
+            top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
         elif "memory" in kinds.split(","):
             top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
         else:
             continue
         for folder in (here := top / path.lstrip("/"), *here.parents):
             if folder.is_relative_to(top) and (most := _number_in(folder / limit)) is not None:
-                left.append(max(0, most - (_number_in(folder / used) or 0)))
+                taken = (_number_in(folder / used) or 0) - _counted_in(folder / "memory.stat", cache)
+                left.append(max(0, most - max(0, taken)))
     return min(left, default=None)
 
 
@@ -138,6 +140,15 @@ def _number_in(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):  # no such limit, or "max"
         return None
+
+
+def _counted_in(path: Path, name: str) -> int:
+    """A figure of a cgroup's statistics; 0 where there is none."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def free_bytes(path: Path) -> int | None:

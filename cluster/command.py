@@ -1,9 +1,12 @@
 """How every entry point starts and fails: help, settings, one-line errors, exit codes.
 
 Exit codes: 0 done, 1 a user's mistake or a full disk (one line says which), 2 wrong words, 70 hung,
-75 stopped by a signal or a time limit and saved (start it again), 130 stopped by Ctrl-C.
+75 stopped by a signal or a time limit and saved (start it again), 130 stopped by Ctrl-C, 141 stopped since nobody
+reads what it prints (as `head`, which has seen enough).
 """
 
+import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from cluster.process import launched_rank
 from cluster.settings import SettingError, UserError, describe, load_settings, preset_names, to_toml
 from cluster.watch import INTERRUPTED, REQUEUE, Requeue
 
+UNREAD = 141  # as shells tell SIGPIPE
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # old launchers add it; process.py reads LOCAL_RANK
 
 
@@ -51,15 +55,17 @@ class Command:
 def run_command(command: Command, words: list[str]) -> int:
     """Run a verb on its words and return the exit code."""
     words = [word for word in words if not word.startswith(LAUNCHER_FLAGS)]
-    if "--help" in words or "-h" in words:
-        print(command.help())
-        return 0
+    config = None
     try:
-        config = command.settings([word for word in words if word != "--show"])
-        if "--show" in words:
-            print(to_toml(config), end="")
+        if "--help" in words or "-h" in words:
+            print(command.help())
         else:
-            command.run(config)
+            config = command.settings([word for word in words if word != "--show"])
+            if "--show" in words:
+                print(to_toml(config), end="")
+            else:
+                command.run(config)
+        print(end="", flush=True)  # here a full disk can still be told
     except SettingError as error:
         return _fail(command.verb, f"{error} (see `smalti {command.verb} --help`)", 2)
     except FolderError as error:
@@ -73,9 +79,13 @@ def run_command(command: Command, words: list[str]) -> int:
     except OSError as error:
         if error.strerror is None:
             raise
-        return _fail(
-            command.verb, f"{error.strerror}: {error.filename or f'while writing {config.out}'}", 1, every_rank=True
-        )
+        unread = isinstance(error, BrokenPipeError) and _nobody_reads()
+        _drop_output()
+        if unread:
+            return UNREAD
+        out = getattr(config, "out", None)
+        where = error.filename or (f"while writing {out}" if out else "while writing")
+        return _fail(command.verb, f"{error.strerror}: {where}", 1, every_rank=True)
     return 0
 
 
@@ -85,6 +95,21 @@ def shown(name: object) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _nobody_reads() -> bool:
+    """True if standard output is a pipe whose reader has gone."""
+    output = select.poll()
+    output.register(1, 0)
+    return bool(output.poll(0))
+
+
+def _drop_output() -> None:
+    """Send nowhere what could not be printed, or Python would complain once more at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(verb: str, line: str, code: int, every_rank: bool = False) -> int:

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from PIL import Image
 
+from cluster.manifest import FolderError, Manifest
 from data_pipeline.images import ImageProblem
 
 TARGET = 256  # the side that the listings crop to
@@ -40,6 +41,23 @@ def transformer_crop(image: Image.Image, side: int, random: np.random.Generator)
     left, top = (_near_middle(length - shorter, random) for length in image.size)
     high = min(shorter, NINE_EIGHTHS * side // TARGET)
     return _cropped(image, left, top, shorter, side, high, side, random)
+
+
+def check_room(images: Manifest, side: int, most: int) -> str:
+    """What to say of stored pictures that leave random crops of this side too little room; "" if nothing.
+
+    images: of the folder; tars of others have no settings, and nothing is known of them. most: what the listing
+    shrinks to at most, NINE_EIGHTHS or TWELVE_EIGHTHS. FolderError if no picture is as large as the crop.
+    """
+    stored, wanted = images.settings.get("image_side", math.inf), most * side // TARGET
+    if stored >= wanted:
+        return ""
+    told = f"pictures are stored with {stored} pixels along the short side"
+    advice = f"`smalti preprocess` with image_side={wanted} and filters.min_side={side} keeps them larger"
+    if stored < side:
+        raise FolderError(f"{told}, too few for random crops of {side}; {advice}")
+    few = "all crops of a square one are the same" if stored == side else "crops differ less than the paper's"
+    return f"warning: {told}, and random crops of {side} want {wanted}: {few}; {advice}"
 
 
 def area(pixels: np.ndarray, side: int) -> np.ndarray:

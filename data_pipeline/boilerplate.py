@@ -40,6 +40,7 @@ DONE = (
     r"|published|uploaded|updated|modified|added|dated?|date|filed)"
 )
 PICTURE = r"(?:photo(?:graph)?|picture|pic|image|img|illustration|vector|clip\s?art|footage|video)s?"
+NO_NAME = r"(?:an?|the|this|that|these|those|i|me|my|you|your|he|him|his|she|her|it|its|we|us|our|they|them|their)"
 ENDING = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|heic|svg|psd|raw|cr2|nef|arw|dng|mp4|mov)\b"
 CAMERA = (
     r"img|imag|_?dsc[nf]?|_?mg|pict|pxl|mvi|gopr|dji|cimg|hpim|kic|vid|wp|p|scan|screen\s?shot|whatsapp image|fb_img"
@@ -68,8 +69,12 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         ENDING,  # what is before it may be words: red-fox.jpg
     ),
     "date": (rf"(?:\b(?:{DONE}\W+(?:(?:was|were)\W+)?)+(?:(?:on|in|at|by|circa)\W+)?)?(?:the\W+)?{DATE}",),
-    # "Photo by the sea" differs from a name by its small letters only.
-    "credit": (rf"\A\W*(?:{PICTURE}\s+)?(?:by|via|\xa9|\(c\)|copyright)\W+(?-i:[A-Z][\w.'-]*\W*){{1,4}}\Z",),
+    # A name differs from "photo by candlelight" by its capitals only, and titles have them too: "By Candlelight" and
+    # "Photo By The Lake" are none. Without the possessive "*+" a long word would be cut in four in every way.
+    "credit": (
+        rf"\A\W*(?:{PICTURE}\s+(?:by|via)\W+(?!{NO_NAME}(?![\w.'-]))|(?:{PICTURE}\s+)?(?:\xa9|\(c\)|copyright)\W+)"
+        r"(?-i:[A-Z][\w.'-]*+\W*+){1,4}\Z",
+    ),
     "stock": (
         r"\b(?:getty\s?images?|i?stock\s?photos?|istock|shutterstock|alamy|dreamstime|depositphotos|123rf)\b",
         r"\b(?:adobe\s?stock|fotolia|bigstock|afp|reuters|handout|file\s+photo|editorial use only)\b",

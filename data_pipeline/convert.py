@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cluster.command import shown
 from cluster.manifest import file_digest, write_bytes, write_json
 from cluster.process import Place
 from cluster.settings import SettingError, require_at_least_one, section, setting, to_dict
@@ -32,6 +33,7 @@ from data_pipeline.sources import Part, find_parts, fraction_of, read_part
 SPLITS = ("train", "heldout")
 BEFORE = "before"  # folder in images/ of the shards that copies have still to be taken out of
 N_EXAMPLES = 3  # dropped samples of a part that its record names, for each reason
+UNJUDGED = "passed though {} is missing"  # the fate of samples that a threshold could not judge
 MARK_BYTES = 40  # of a picture: 32 bytes of sha256, 8 of perceptual hash
 
 
@@ -142,9 +144,16 @@ def marks_path(shard: Path) -> Path:
 
 
 def read_record(part: Part, folder: Path) -> Record | None:
-    """The record of a part that is done; None if it is not, or if one of its tars is gone or of another size."""
+    """The record of a part that is done.
+
+    None if it is not, if one of its tars is gone or of another size, or if the input has other sizes than it had then:
+    a tar that was cut is fetched again.
+    """
     try:
         values = json.loads((folder / f"{name_of(part)}.done.json").read_text())
+        now = source_bytes(part)
+        if values.get("source_bytes", now) != now:  # older records do not tell
+            return None
         record = Record(Counter(values["fates"]), values["examples"], values["files"])
         for name, file in record.files.items():
             if (folder / name).stat().st_size != file["bytes"] or not (folder / name).with_suffix(".json").is_file():
@@ -152,6 +161,11 @@ def read_record(part: Part, folder: Path) -> Record | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return record
+
+
+def source_bytes(part: Part) -> int | None:
+    """Bytes of a part's tar or pictures; None for a tar elsewhere of which they are not known."""
+    return part.remote.n_bytes if part.remote else sum(path.stat().st_size for path in part.paths)
 
 
 def convert_part(part: Part, config: PreprocessConfig) -> Counter[str]:
@@ -163,7 +177,7 @@ def convert_part(part: Part, config: PreprocessConfig) -> Counter[str]:
     done = read_record(part, folder)
     if done is not None:
         return done.fates
-    record = Record()
+    record, n_bytes = Record(), source_bytes(part)
     kept: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     marked: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
@@ -175,6 +189,9 @@ def convert_part(part: Part, config: PreprocessConfig) -> Counter[str]:
             record.drop(plain_key(sample.key), str(dropped))
             continue
         seen.add(stored.key)
+        if config.filters.thresholds:
+            unjudged = filters_of(config.filters).unjudged(_about(sample))
+            record.fates.update(UNJUDGED.format(shown(name)) for name in unjudged)
         held = part.split == "train" and not config.heldout_source
         split = SPLITS[part.split == "heldout" or (held and fraction_of(stored.key) < config.heldout_fraction)]
         kept[split].append(stored)
@@ -188,7 +205,8 @@ def convert_part(part: Part, config: PreprocessConfig) -> Counter[str]:
             if takes_out_copies(config):
                 write_bytes(marks_path(path), marks_bytes(marked[split]))
     values = {"fates": dict(sorted(record.fates.items())), "examples": dict(sorted(record.examples.items()))}
-    write_json(folder / f"{name_of(part)}.done.json", values | {"files": record.files})
+    values |= {"files": record.files, "source_bytes": n_bytes}
+    write_json(folder / f"{name_of(part)}.done.json", values)
     return record.fates
 
 

@@ -67,10 +67,17 @@ class Threshold:
     sign: str
     number: float
 
-    def reason(self, about: dict[str, Any], missing: str) -> str | None:
-        """Why these fields fail it, or None. What is no finite number is `missing`: "keep" or "drop"."""
+    def value(self, about: dict[str, Any]) -> float | None:
+        """The field, if it is a finite number."""
         value = about.get(self.field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+            return None
+        return value
+
+    def reason(self, about: dict[str, Any], missing: str) -> str | None:
+        """Why these fields fail it, or None. What is no finite number is `missing`: "keep" or "drop"."""
+        value = self.value(about)
+        if value is None:
             return f"{self.field} is missing" if missing == "drop" else None
         return None if COMPARE[self.sign](value, self.number) else f"not {self.field}{self.sign}{self.number:g}"
 
@@ -201,6 +208,10 @@ class Filters:
         if reason is None and self.config.language:
             reason = language_reason(caption, self.config)
         return reason or next(filter(None, (rule.reason(about, missing) for rule in self.thresholds)), None)
+
+    def unjudged(self, about: dict[str, Any]) -> set[str]:
+        """Fields that thresholds name and these lack: what they say of the pair is not known."""
+        return {rule.field for rule in self.thresholds if rule.value(about) is None}
 
     def of_size(self, width: int, height: int) -> str | None:
         """Why a picture that is `width` x `height` when upright, before it is shrunk, is dropped, or None."""

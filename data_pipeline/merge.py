@@ -14,13 +14,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from cluster.command import Command, run_command
+from cluster.command import Command, run_command, shown
 from cluster.manifest import FolderError, is_done, read_manifest, sweep, write_bytes, write_json, write_manifest
 from cluster.settings import SettingError
 from data_pipeline.bpe import learn_vocabulary
 from data_pipeline.convert import (
     BEFORE,
     SPLITS,
+    UNJUDGED,
     PreprocessConfig,
     Record,
     all_parts,
@@ -31,6 +32,7 @@ from data_pipeline.convert import (
     shard_folder,
     takes_out_copies,
 )
+from data_pipeline.filters import parse_thresholds
 from data_pipeline.folders import Folder
 from data_pipeline.shards import open_shard
 from data_pipeline.shares import refuse_gaps
@@ -62,6 +64,7 @@ def finish(config: PreprocessConfig, out: Path, images: Path, against: list[Fold
     """Converted parts -> images/ without copies, its manifest and the report."""
     parts = all_parts(config)
     if images.is_dir():
+        remember(images / "settings.json", image_settings(config), "other settings")
         remember(
             images / "parts.json", {"parts": len(parts), "sha256": digest_of_parts(parts)}, "a source of other files"
         )
@@ -70,6 +73,7 @@ def finish(config: PreprocessConfig, out: Path, images: Path, against: list[Fold
     missing = {n: name_of(part) for n, (part, record) in enumerate(zip(parts, records, strict=True)) if record is None}
     refuse_gaps(missing, len(parts), "preprocess", config.tasks)
     fates, examples, files = collected([record for record in records if record])
+    tell_unjudged(config, fates)
     if takes_out_copies(config):
         thinned = thin(config, list(files), against)
         files = thinned.files
@@ -95,6 +99,19 @@ def collected(records: list[Record]) -> tuple[Counter[str], dict[str, list[str]]
             named += keys[: N_EXAMPLES - len(named)]
     files = {name: file for record in records for name, file in record.files.items()}
     return fates, examples, {name: files[name] for name in sorted(files, key=by_split)}
+
+
+def tell_unjudged(config: PreprocessConfig, fates: Counter[str]) -> None:
+    """Say which thresholds judged no pair that passed: their field is mistyped, or not in this input."""
+    passed = sum(fates[f"kept: {split}"] for split in SPLITS)
+    fields = dict.fromkeys(shown(rule.field) for rule in parse_thresholds(config.filters.thresholds))
+    for name in fields if passed else ():
+        if fates[UNJUDGED.format(name)] == passed:
+            print(
+                f"smalti preprocess: filters.thresholds: none of the {passed} pairs that passed has a number named "
+                f"{name} in its KEY.json, so none was judged by it; is the name right?",
+                file=sys.stderr,
+            )
 
 
 def by_split(name: str) -> tuple[int, str]:

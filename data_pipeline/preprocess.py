@@ -27,7 +27,7 @@ from data_pipeline.convert import (
     shard_folder,
 )
 from data_pipeline.merge import merge, remember, start
-from data_pipeline.shares import in_processes
+from data_pipeline.shares import in_processes, said_by_each_rank
 from data_pipeline.thinning import origin_of
 
 
@@ -35,7 +35,7 @@ def preprocess(config: PreprocessConfig) -> None:
     """Run the stage; see the module's text."""
     against, images = start(config), Path(config.out) / "images"
     filters_of(config.filters)  # so that a rule that makes no sense is refused before anything is written
-    with meeting_place(on_cpu=True) as place:
+    with meeting_place(on_cpu=True) as place, said_by_each_rank(place):
         if not is_done(images, "images", image_settings(config), origin_of(against)):
             convert(config, images, place)
         elif config.tasks:

@@ -175,15 +175,6 @@ def checked_places(place: dict[str, list[int]], n_bytes: int) -> dict[str, Place
     return {ending: (at, n) for ending, (at, n) in place.items()}
 
 
-def is_finished(path: Path) -> bool:
-    """True if the shard and its index are there and fit in size."""
-    try:
-        open_shard(path)
-    except FolderError:
-        return False
-    return True
-
-
 def read_foreign(path: Path, name: str = "") -> Iterator[Sample]:
     """Samples of any WebDataset tar, in file order, compressed or not; `name` is what errors call it.
 

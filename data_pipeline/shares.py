@@ -1,9 +1,12 @@
 """Which pieces of a stage's work this process does, and what is said of the pieces that nobody has done."""
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 from cluster.command import shown
@@ -27,12 +30,24 @@ def check_share(tasks: int, task: int) -> None:
 def share_of(pieces: Sequence[T], tasks: int, task: int, place: Place) -> list[T]:
     """The pieces of task `task` of `tasks`, or with tasks=0 of this rank; a task's ranks divide its pieces.
 
-    Every n-th piece, so that shares are alike in size and neighbours in the input go to different processes.
+    Every n-th piece, so that shares are alike in size and neighbours in the input go to different processes. Which
+    are a task's does not depend on how many ranks it has.
     SettingError if there are tasks and none of them was named.
     """
     if tasks and task < 0:
         raise SettingError(f"tasks={tasks} needs task=0 to task={tasks - 1}, the share to do now")
-    return list(pieces[max(task, 0) * place.world_size + place.rank :: max(tasks, 1) * place.world_size])
+    return list(pieces[max(task, 0) :: max(tasks, 1)][place.rank :: place.world_size])
+
+
+@contextmanager
+def said_by_each_rank(place: Place) -> Iterator[None]:
+    """Errors of work that ranks do apart: the rank that meets one says it, where rank 0 speaks for all else."""
+    try:
+        yield
+    except (FolderError, SettingError) as error:
+        if place.is_main:
+            raise
+        raise UserError(str(error)) from None
 
 
 def refuse_gaps(missing: dict[int, str], n_pieces: int, verb: str, tasks: int) -> None:
@@ -50,11 +65,14 @@ def refuse_gaps(missing: dict[int, str], n_pieces: int, verb: str, tasks: int) -
 
 
 def in_processes(work: Callable[..., R], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[R]:
-    """What `work` makes of each job, as they are done; here in this process with one worker. UserError if one dies."""
+    """What `work` makes of each job, as they are done; here in this process with one worker. UserError if one dies.
+
+    Workers end with this process, however it ends.
+    """
     if workers == 1 or len(jobs) < 2:
         yield from (work(*job) for job in jobs)
         return
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _end_with_parent)
     try:
         for done in as_completed([pool.submit(work, *job) for job in jobs]):
             yield done.result()
@@ -64,3 +82,14 @@ def in_processes(work: Callable[..., R], jobs: Sequence[tuple[Any, ...]], worker
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave when the parent is gone; a killed one tells nobody, and the queue of jobs never ends."""
+
+    def watch() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

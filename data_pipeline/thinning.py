@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.manifest import give_name, temporary, write_bytes
+from cluster.manifest import differences, give_name, temporary, write_bytes
+from cluster.settings import SettingError
 from data_pipeline.contents import read_npy
 from data_pipeline.convert import (
     BEFORE,
@@ -44,8 +45,21 @@ class Thinned:
 
 
 def folders_against(config: PreprocessConfig) -> list[Folder]:
-    """The finished images/ folders that this set must share no picture with."""
-    return open_folders(config.dedupe.against, "images", config.cache) if config.dedupe.against else []
+    """The finished images/ folders that this set must share no picture with.
+
+    SettingError if their pictures cannot be equal to ours: they are compared as they are stored.
+    """
+    folders = open_folders(config.dedupe.against, "images", config.cache) if config.dedupe.against else []
+    stored = ["image_side", "image_format"] + ["image_quality"] * (config.image_format != "png")
+    ours = {name: getattr(config, name) for name in stored}
+    for folder in folders if config.dedupe.near < 0 else ():
+        theirs = {name: folder.manifest.settings.get(name, value) for name, value in ours.items()}
+        if changed := differences(theirs, ours):
+            raise SettingError(
+                f"dedupe.exact compares pictures as they are stored, and those of dedupe.against are stored otherwise "
+                f"({'; '.join(changed.values())}): use dedupe.near=4, which finds them all the same"
+            )
+    return folders
 
 
 def origin_of(against: list[Folder]) -> dict[str, str]:

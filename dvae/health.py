@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from cluster.manifest import write_bytes
+from cluster.metrics import read_metrics
+from cluster.process import largest_of
 from cluster.run import Run
 from cluster.settings import UserError
 from dvae.config import DvaeTrainConfig
@@ -51,21 +53,26 @@ def png_of(pixels: Tensor) -> bytes:
 
 
 class Alarm:
-    """Tells of codes that have collapsed, from some measurements in a row; it begins anew when a run is resumed."""
+    """Tells of codes that have collapsed, from some measurements in a row."""
 
     def __init__(self, config: DvaeTrainConfig, say: Callable[[str], None]) -> None:
         self.config, self._say, self._in_a_row = config, say, 0
 
+    def go_on(self, run: Run) -> None:
+        """Count on from the measurements that a resumed run has logged."""
+        logged = read_metrics(run.folder) if run.place.is_main else []
+        for values in logged:
+            if values["step"] >= 0 and "val/codes_used" in values:
+                self._count(values)
+        self._in_a_row = largest_of(run.place, self._in_a_row)
+
     def look(self, step: int, values: Measures) -> None:
         """Say once what to change, as long as a collapse lasts. UserError if on_collapse=stop."""
         config = self.config
-        used, perplexity = values["val/codes_used"], values["val/perplexity"]
-        if min(used, perplexity / config.model.codebook) >= config.collapse_below:
-            self._in_a_row = 0
-            return
-        self._in_a_row += 1
+        self._count(values)
         if self._in_a_row != config.collapse_after:
             return
+        used, perplexity = values["val/codes_used"], values["val/perplexity"]
         text = (
             f"the codes have collapsed at step {step}: {used:.2%} of {config.model.codebook} in use, perplexity "
             f"{perplexity:.3g}, below collapse_below={config.collapse_below:g} of the codebook in "
@@ -74,6 +81,10 @@ class Alarm:
         if config.on_collapse == "stop":
             raise UserError(text)
         self._say(text)
+
+    def _count(self, values: Measures) -> None:
+        share = min(values["val/codes_used"], values["val/perplexity"] / self.config.model.codebook)
+        self._in_a_row = self._in_a_row + 1 if share < self.config.collapse_below else 0
 
 
 def advice(config: DvaeTrainConfig) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from cluster.manifest import NAME, FolderError, Manifest, is_done, read_manifest, write_bytes
 from cluster.process import Place
 from cluster.settings import SettingError, UserError, from_dict, require_at_least_one, setting
-from data_pipeline.augment import transformer_crop
+from data_pipeline.augment import NINE_EIGHTHS, check_room, transformer_crop
 from data_pipeline.bpe import open_vocabulary
 from data_pipeline.contents import image_of, picture_of
 from data_pipeline.convert import SPLITS
@@ -71,6 +71,9 @@ class Work:
         self.made_from = {"images": self.manifest.fingerprint, "dvae": dvae.fingerprint, "vocab": vocab}
         crops: dict[str, Any] = {"augment": config.augment, "crops": config.crops, "seed": config.seed}
         self.settings = crops if config.augment != "center" else {}
+        self.warning = ""
+        if config.augment == "transformer":
+            self.warning = check_room(self.manifest, self.shape.image_side, NINE_EIGHTHS)
         self.names = [name for split in SPLITS for name in shard_names(self.manifest, split)]
         self.precision, self.equal = "fp32", dict[str, float]()  # until settled; what counts tell of bf16
 

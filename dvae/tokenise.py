@@ -27,7 +27,7 @@ from cluster.process import Place, computes_bf16, gathered, lone_place, meet, me
 from data_pipeline.bpe import Vocabulary
 from data_pipeline.convert import SPLITS
 from data_pipeline.shards import Sample, Shard, index_record, open_shard, write_shard
-from data_pipeline.shares import refuse_gaps, share_of
+from data_pipeline.shares import refuse_gaps, said_by_each_rank, share_of
 from dvae.check_codes import N_DRAWN, draw_back, encode
 from dvae.model import Dvae
 from dvae.token_work import TokeniseConfig, Work, crops_of
@@ -38,7 +38,7 @@ COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def tokenise(config: TokeniseConfig) -> None:
     """Run the stage; see the module's text."""
-    with meeting_place(on_cpu=False) as place:
+    with meeting_place(on_cpu=False) as place, said_by_each_rank(place):
         is_fast = config.precision == "auto" and computes_bf16(place)  # all ranks ask, whatever each finds below
         work = Work(config)
         share = share_of(work.names, config.tasks, config.task, place)
@@ -56,6 +56,8 @@ def tokenise(config: TokeniseConfig) -> None:
 def encode_share(work: Work, names: list[str], place: Place) -> tuple[int, float]:
     """The shards of these names that are not done; pictures coded and seconds."""
     work.claim()
+    if work.warning and place.is_main:
+        print(work.warning)
     model, _ = open_dvae(Path(work.config.dvae), place.device, COMPUTES[work.precision])
     shards = [open_shard(work.images / name) for name in names]
     progress = Progress("tokenise", sum(map(len, shards)), unit="picture")

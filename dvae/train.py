@@ -11,18 +11,20 @@ about 2 minutes on 2 CPU cores.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cluster.command import Command, run_command
-from cluster.manifest import Manifest, read_manifest
-from cluster.process import Place, joined_place, share_cores, wait_for_all
+from cluster.manifest import FolderError, Manifest, read_manifest
+from cluster.process import Place, gathered, joined_place, share_cores
 from cluster.run import Run, due
-from cluster.settings import from_dict
+from cluster.settings import UserError, from_dict
 from cluster.weights import WEIGHTS, load_weights, save_weights
+from data_pipeline.augment import TWELVE_EIGHTHS, check_room
 from data_pipeline.folders import Folder, Shards
 from data_pipeline.foreign import open_images
 from data_pipeline.loader import ImageBatches
@@ -35,6 +37,7 @@ from dvae.schedule import temperature
 from dvae.trainer import Trainer
 
 WRITERS = range(1)  # of checkpoints: all ranks hold the same
+T = TypeVar("T")
 
 
 def train(config: DvaeTrainConfig, place: Place) -> None:
@@ -46,21 +49,20 @@ def train(config: DvaeTrainConfig, place: Place) -> None:
     if run.is_finished:
         run.say("finished already")
         return
+    side, crop = config.model.image_side, config.augment == "paper"
+    for folder in folders if crop else []:
+        if warning := check_room(folder.manifest, side, TWELVE_EIGHTHS):
+            run.say(warning)
     features = Features(Path(config.fid_inception), place.device) if config.fid_inception else None
-    heldout = HeldOut(Shards(folders, "images", "heldout"), config.model.image_side, place)
+    heldout = on_all_ranks(place, lambda: HeldOut(Shards(folders, "images", "heldout"), side, place))
     trainer = Trainer(config, shards, place)
-    crop = config.augment == "paper"
-    batches = ImageBatches(
-        shards, config.data, config.model.image_side, config.flip, place.rank, place.world_size, crop
-    )
+    batches = ImageBatches(shards, config.data, side, config.flip, place.rank, place.world_size, crop)
     measured = loop(config, run, trainer, batches, heldout)
     measured = measured or measure(config, trainer, heldout, config.n_steps - 1).values
     if features:
         pairs = (features.of(pixels, place) for pixels in (heldout.pixels, heldout.reconstructions(trainer.released)))
         measured |= {"val/fid": frechet_distance(*pairs)}
         run.record_evaluation(config.n_steps - 1, {"val/fid": measured["val/fid"]})
-    else:
-        run.say("FID is left out: fid_inception names no TorchScript Inception")
     if place.is_main:
         save_weights(run.folder, trainer.released.state_dict())
     counts: dict[str, Any] = {"steps": config.n_steps} | measured
@@ -72,6 +74,7 @@ def loop(config: DvaeTrainConfig, run: Run, trainer: Trainer, batches: ImageBatc
     """All steps that are left; the last held-out measurement."""
     alarm = Alarm(config, run.say)
     first = run.begin(trainer.load, batches.about_order)
+    alarm.go_on(run)
     batches.seek(first)
     last: Measures = {}
     if first == 0:
@@ -108,12 +111,32 @@ def measure(config: DvaeTrainConfig, trainer: Trainer, heldout: HeldOut, step: i
 
 def opened(config: DvaeTrainConfig, place: Place) -> list[Folder]:
     """The pictures; rank 0 goes first, for it may have to write indexes that the others then read."""
-    if not place.is_main:
-        wait_for_all(place)
-    folders = open_images(config.images, config.heldout_images, Path(config.out) / "indexes", config.cache)
-    if place.is_main:
-        wait_for_all(place)
-    return folders
+
+    def look() -> list[Folder]:
+        return open_images(config.images, config.heldout_images, Path(config.out) / "indexes", config.cache)
+
+    first = on_all_ranks(place, lambda: look() if place.is_main else [])
+    return on_all_ranks(place, lambda: first or look())
+
+
+def on_all_ranks(place: Place, work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, once every rank has done it.
+
+    If it fails on one, all raise, so that none waits for what will not come; rank 0 says what the first one found.
+    """
+    done: list[T] = []
+    failure: Exception | None = None
+    try:
+        done.append(work())
+    except (UserError, OSError) as error:
+        failure = error
+    told = gathered(place, None if failure is None else str(failure))
+    rank = next((rank for rank, text in enumerate(told) if text is not None), None)
+    if rank is None:
+        return done[0]
+    if failure and place.is_main:
+        raise failure
+    raise FolderError(f"{told[rank]} (found by rank {rank})")
 
 
 def run_train(config: DvaeTrainConfig) -> None:

@@ -15,6 +15,8 @@ from cluster.command import run_command
 from cluster.launch import LaunchConfig, Program, record
 from cluster.settings import SettingError, setting
 from cluster.slurm.job import Job, SlurmConfig, script, submit
+from cluster.slurm.queue import refuse_twice
+from pretrain.cli import command_of
 from pretrain.launch import PRESETS, LaunchCommand, launched_by
 
 
@@ -35,6 +37,8 @@ class LaunchSlurmConfig(LaunchConfig, SlurmConfig):
 def launch_slurm(config: LaunchSlurmConfig, program: Program) -> int:
     """Submit the program, or print its script; 0."""
     program.refuse_company(config.nodes * config.n_processes)
+    if config.tasks:
+        refuse_undivided(program, config.tasks)
     job = Job(
         name=config.name or program.verb.replace(" ", "-"),
         module=program.module,
@@ -47,9 +51,21 @@ def launch_slurm(config: LaunchSlurmConfig, program: Program) -> int:
     if config.dry_run:
         print(script(job), end="")
         return 0
+    if program.folder:
+        refuse_twice(job.folder, job.name, job.after)
     record(program, config)
     print(f"job {submit(job)}: {program.verb}, logs in {job.folder / 'logs'}")
     return 0
+
+
+def refuse_undivided(program: Program, tasks: int) -> None:
+    """SettingError if a program is not shared by tasks."""
+    if program.verb.endswith(" merge"):
+        raise SettingError(f"tasks={tasks}: {program.verb} is one job, which ends what the tasks began")
+    try:
+        command_of(program.verb).settings([*program.words, f"tasks={tasks}", "task=0"])
+    except SettingError as error:
+        raise SettingError(f"tasks={tasks}: {program.verb} is not shared by tasks: {error}") from None
 
 
 COMMAND = LaunchCommand("launch slurm", LaunchSlurmConfig, PRESETS / "slurm", launched_by(launch_slurm), __doc__)

@@ -17,8 +17,8 @@ from pathlib import Path
 from cluster.command import Command, run_command
 from cluster.manifest import write_bytes, write_json
 from cluster.settings import SettingError, UserError, section, setting
-from cluster.slurm.job import Job, SlurmConfig, ask_slurm, submit, words_of, write_script
-from cluster.slurm.queue import newest, states, submitted
+from cluster.slurm.job import JOBS, Job, SlurmConfig, ask_slurm, submit, words_of, write_script
+from cluster.slurm.queue import refuse_twice
 from pretrain.cli import VERBS, command_of
 
 RECORD = "pipeline.json"  # in the pipeline's folder: its stages and where each writes
@@ -110,24 +110,28 @@ class Planned:
 def pipeline(config: PipelineConfig) -> None:
     """Submit the stages, or write their scripts."""
     folder, jobs = Path(config.folder), planned(config)
-    if config.dry_run:
-        _write(folder, jobs)
-        return
-    _refuse_twice(folder)
+    if not config.dry_run:
+        refuse_twice(folder)
     folder.mkdir(parents=True, exist_ok=True)
     outs = {name: command_of(name).settings(words_for(config, name)).out for name in stages_of(config)}
     write_json(folder / RECORD, {"stages": outs})
+    if config.dry_run:
+        _write(folder, jobs)
+        return
     numbers: dict[str, str] = {}
     try:
         for one in jobs:
             number = submit(replace(one.job, after=tuple(numbers[name] for name in one.after)))
             numbers[one.job.name] = number
             print(f"{number:>10}  {_shown(one)}", flush=True)
-    except UserError as error:
-        if not numbers:
-            raise
-        ask_slurm(["scancel", *numbers.values()])
-        raise UserError(f"{error}; the {len(numbers)} jobs submitted before it were cancelled") from None
+    except BaseException as error:  # Ctrl-C too, or nobody reads what is printed: a part of a pipeline is of no use
+        if numbers:
+            ask_slurm(["scancel", *numbers.values()])
+            told = f"the {len(numbers)} jobs submitted before it were cancelled"
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; {told}") from None
+            print(f"smalti pipeline slurm: {told}", file=sys.stderr)
+        raise
     print(f"logs: {folder / 'logs'}; how far it is: smalti status {shlex.quote(config.folder)}")
 
 
@@ -204,25 +208,22 @@ def in_one_process(needs: SlurmConfig) -> SlurmConfig:
 
 
 def _write(folder: Path, jobs: list[Planned]) -> None:
-    """All scripts, and submit.sh, which submits them in order."""
+    """All scripts, and submit.sh, which submits them in order and keeps the record that `submit` keeps."""
     lines = ["#!/bin/bash", "# Run it in the folder where `smalti pipeline slurm` was run.", "set -e"]
+    record = shlex.quote(str(folder / JOBS))
     for one in jobs:
         path = write_script(one.job)
         waits = ":".join(f"${_variable(name)}" for name in one.after)
         options = f" --dependency=afterok:{waits} --kill-on-invalid-dep=yes" if waits else ""
-        lines.append(f"{_variable(one.job.name)}=$(sbatch --parsable{options} {shlex.quote(str(path))})")
-        lines.append(f'echo "${_variable(one.job.name)} {one.job.name}"')
+        variable, job = _variable(one.job.name), one.job
+        lines.append(f"{variable}=$(sbatch --parsable{options} {shlex.quote(str(path))})")
+        lines.append(f"{variable}=${{{variable}%%;*}} # without the name of the cluster")
+        told = f'{{"job": "%s", "name": "{job.name}", "array": {job.array}, "time": %s}}\\n'
+        lines.append(f"""printf '{told}' "${variable}" "$(date +%s)" >> {record}""")
+        lines.append(f'echo "${variable} {job.name}"')
         print(f"{path}  {_shown(one)}")
     write_bytes(folder / "scripts" / "submit.sh", "\n".join([*lines, ""]).encode())
     print(f"nothing is submitted; `bash {shlex.quote(str(folder / 'scripts' / 'submit.sh'))}` does it")
-
-
-def _refuse_twice(folder: Path) -> None:
-    """UserError if jobs of an earlier submission still wait or run: two of a stage must not write at once."""
-    found = states([job.job for job in newest(submitted(folder))])
-    alive = [number for number, state in found.items() if not state.is_over]
-    if alive:
-        raise UserError(f"{folder}: jobs of it wait or run: wait for them, or `scancel {' '.join(alive)}`")
 
 
 def _shown(one: Planned) -> str:

@@ -171,4 +171,4 @@ class Step:
     def mfu(self) -> float:
         """Model FLOPs over what all GPUs could do in that time: recomputation and waiting make it less."""
         config, gpu = self.plan.config, self.cluster.gpu
-        return self.flops.model * config.data.batch / (gpu.tflops * 1e12 * self.cluster.world_size * self.total)
+        return self.flops.model * config.data.batch / (gpu.tflops * 1e12 * self.plan.world_size * self.total)

@@ -108,6 +108,8 @@ class Job:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise SettingError(f"a job's name has letters, digits, '.', '_' and '-', not {self.name!r}")
+        if not str(self.folder).isprintable():  # what came behind a line break would be run
+            raise SettingError(f"a job's folder must be one line of printable characters, not {str(self.folder)!r}")
 
     @property
     def path(self) -> Path:

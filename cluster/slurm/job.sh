@@ -3,12 +3,13 @@
 
 # Told to stop, this script tells the program, which saves and ends with 75, and then queues itself again.
 # USR1 comes before the time limit (--signal above); TERM is scancel, scontrol requeue or preemption: whoever sent
-# that decides what becomes of the job.
+# that decides what becomes of the job. The program hears of both as USR1, which srun passes on to every rank; at
+# TERM srun would kill them all.
 told=
 step=
 stop() {
     told=$1
-    [ -z "$step" ] || kill -s "$1" "$step" 2>/dev/null
+    [ -z "$step" ] || kill -s USR1 "$step" 2>/dev/null
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
@@ -17,7 +18,6 @@ trap 'stop TERM' TERM
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 address=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR="${address:-$first}"
-export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 echo "$(date '+%F %T') job $job starts on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def submitted(folder: Path) -> list[Submitted]:
 def newest(jobs: list[Submitted]) -> list[Submitted]:
     """The last job of each name."""
     return list({job.name: job for job in jobs}.values())
+
+
+def refuse_twice(folder: Path, name: str = "", after: Collection[str] = ()) -> None:
+    """UserError if jobs submitted for a folder, or those of one name, wait or run: two must not write at once.
+
+    What comes after the last of them is none of these two, for that one came after those before.
+    """
+    jobs = [job.job for job in submitted(folder) if name in ("", job.name)]
+    known = states(jobs)
+    alive = [job for job in jobs if job in known and not known[job].is_over]
+    if alive and alive[-1] not in after:
+        chain = f", or submit with after={alive[-1]}" if name else ""
+        raise UserError(f"{folder}: jobs of it wait or run: wait for them, or `scancel {' '.join(alive)}`{chain}")
 
 
 def states(numbers: list[str]) -> dict[str, State]:

@@ -100,7 +100,7 @@ def test_the_ranks_of_a_host_share_its_memory() -> None:
 
 
 def test_memory_that_is_left_is_that_of_the_jobs_share(tmp_path: Path) -> None:
-    """A cgroup limits all that are below it, whichever version of cgroups there is."""
+    """A cgroup limits all that are below it, whichever version of cgroups there is; cached files are not lost to it."""
 
     def write(path: str, text: str) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +114,14 @@ def test_memory_that_is_left_is_that_of_the_jobs_share(tmp_path: Path) -> None:
     write("sys/fs/cgroup/job/memory.max", "5000\n")
     write("sys/fs/cgroup/job/memory.current", "1000\n")
     assert available_memory(tmp_path) == 4000
+    write("sys/fs/cgroup/job/memory.stat", "file 900\ninactive_file 600\nactive_file 300\n")
+    assert available_memory(tmp_path) == 4600
     write("proc/self/cgroup", "9:cpu:/x\n4:memory:/job1\n")
     write("sys/fs/cgroup/memory/job1/memory.limit_in_bytes", "3000\n")
     assert available_memory(tmp_path) == 3000
+    write("sys/fs/cgroup/memory/job1/memory.usage_in_bytes", "2000\n")
+    write("sys/fs/cgroup/memory/job1/memory.stat", "inactive_file 10\ntotal_inactive_file 1500\n")
+    assert available_memory(tmp_path) == 2500
 
 
 def test_limits_below_what_is_needed_are_named() -> None:

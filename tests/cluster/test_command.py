@@ -1,6 +1,9 @@
 """Entry points: exit codes, one line for a user's mistake, a traceback for a bug of ours."""
 
 import errno
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,18 @@ from cluster.watch import Requeue
 class Config:
     steps: int = setting(3, "how many steps")
     out: str = setting("run", "folder to write")
+
+
+PRINTS = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from cluster.command import Command, run_command
+@dataclass(frozen=True)
+class Config:
+    pass
+sys.exit(run_command(Command("say", Config, Path(), lambda config: print("x" * int(sys.argv[1])), "Says."), []))
+"""
 
 
 @pytest.fixture
@@ -55,6 +70,7 @@ def test_a_command_runs_with_its_resolved_settings(make: Callable[..., Command])
             1,
             "smalti paint: No space left on device: while writing run\n",
         ),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "smalti paint: Broken pipe: while writing run\n"),
         (KeyboardInterrupt(), 130, "smalti paint: stopped; run the same command again to go on\n"),
         (Requeue(), 75, "smalti paint: stopped before the end (exit code 75); the same command goes on\n"),
     ],
@@ -64,6 +80,21 @@ def test_failures_are_one_line_and_an_exit_code(
 ) -> None:
     assert run_command(make(raising(error)), []) == code
     assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("count", [1, 100_000])  # printed at the end, and at once
+def test_output_that_cannot_be_written_is_a_line_and_output_that_nobody_reads_is_none(count: int) -> None:
+    reader, pipe = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(pipe, "w") as unread:
+        told = []
+        for output in (full, unread):
+            done = subprocess.run(
+                [sys.executable, "-c", PRINTS, str(count)],
+                stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            told.append((done.returncode, done.stderr))
+    assert told == [(1, "smalti say: No space left on device: while writing\n"), (141, "")]
 
 
 def test_wrong_words_exit_2_and_point_to_the_help(

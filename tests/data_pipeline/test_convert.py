@@ -1,5 +1,6 @@
 """One part of the input becomes shards and a record: what is dropped, and when a part counts as done."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from data_pipeline.convert import PreprocessConfig, all_parts, convert_part, ima
 from data_pipeline.dedupe import DedupeConfig
 from data_pipeline.filters import FilterConfig
 from data_pipeline.preprocess import COMMAND, preprocess
+from data_pipeline.remote_cache import RemoteFile
 from tests.pairs import pair_members, picture, write_tar
 
 
@@ -42,6 +44,38 @@ def test_filters_drop_by_caption_fields_size_and_bytes_each_with_its_reason(tmp_
     }  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<td>brief, brief2" in page and "<td>long" in page and "<td>bad" in page
+
+
+def test_samples_that_a_threshold_cannot_judge_are_counted_and_a_field_that_none_has_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = pair_members(range(5))
+    members[0] = ("0000.json", b'{"punsafe": 0.1}')
+    members[3] = ("0001.json", b'{"punsafe": 0.9}')
+    members[6] = ("0002.json", b'{"punsafe": "high"}')
+    write_tar(tmp_path / "in" / "a.tar", members)
+    rules = FilterConfig(thresholds="punsafe<0.5, punsafx<0.5, punsafx>=0")
+    preprocess(config_of(tmp_path / "in", tmp_path / "out", filters=rules))
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {
+        "read": 5, "kept: train": 4, "dropped: not punsafe<0.5": 1, "passed though punsafe is missing": 3,
+        "passed though punsafx is missing": 4,
+    }  # fmt: skip
+    lines = [line for line in capsys.readouterr().err.splitlines() if "thresholds" in line]
+    assert lines == [
+        "smalti preprocess: filters.thresholds: none of the 4 pairs that passed has a number named punsafx in its "
+        "KEY.json, so none was judged by it; is the name right?"
+    ]
+
+
+def test_copies_that_go_later_do_not_hide_a_field_that_none_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "in" / "a.tar", pair_members(range(8)))  # of seven colours
+    rules = FilterConfig(thresholds="punsafx<0.5")
+    config = config_of(tmp_path / "in", tmp_path / "out", filters=rules, dedupe=DedupeConfig(exact=True))
+    preprocess(config)
+    assert "none of the 8 pairs that passed has a number named punsafx" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["kept: train"] == 7
 
 
 def test_a_rule_that_makes_no_sense_is_refused_before_anything_is_written(
@@ -108,3 +142,24 @@ def test_an_old_record_is_made_again(tmp_path: Path) -> None:
     (images / "train-000000.done.json").write_text('{"kept: train": 8, "read": 8}')
     (part,) = all_parts(config)
     assert read_record(part, images) is None
+
+
+def test_a_part_of_other_bytes_than_its_record_tells_is_not_done(tmp_path: Path) -> None:
+    """Records made before the bytes were kept stay valid; a tar elsewhere, whose bytes are not known, too."""
+    tar = write_tar(tmp_path / "in" / "a.tar", pair_members(range(8)))
+    config = config_of(tmp_path / "in", tmp_path / "out")
+    (part,) = all_parts(config)
+    images = tmp_path / "out" / "images"
+    images.mkdir(parents=True)
+    convert_part(part, config)
+    path = images / "train-000000.done.json"
+    record = json.loads(path.read_text())
+    assert record.pop("source_bytes") == tar.stat().st_size
+    assert read_record(part, images) is not None
+    write_tar(tar, pair_members(range(80)))
+    assert read_record(part, images) is None
+    path.write_text(json.dumps(record))
+    assert read_record(part, images) is not None
+    path.write_text(json.dumps(record | {"source_bytes": None}))
+    elsewhere = RemoteFile("http://127.0.0.1/a.tar", config.cache)
+    assert read_record(dataclasses.replace(part, paths=(), remote=elsewhere), images) is not None

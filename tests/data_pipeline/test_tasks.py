@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from cluster.command import run_command
 from cluster.manifest import FolderError, read_manifest, temporary
 from cluster.settings import SettingError
 from data_pipeline.convert import PreprocessConfig
+from data_pipeline.filters import FilterConfig
 from data_pipeline.merge import COMMAND as MERGE
 from data_pipeline.merge import merge
 from data_pipeline.preprocess import preprocess
+from data_pipeline.shards import TEXT_BYTES
 from tests.pairs import make_pairs, pair_members, tree, write_tar
 
 FORK = multiprocessing.get_context("fork")
@@ -183,6 +185,42 @@ def test_a_source_that_changes_between_tasks_is_refused(tmp_path: Path) -> None:
         merge(config)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"image_side": 8}, {"heldout_fraction": 0.5}, {"filters": FilterConfig(min_words=2)}]
+)
+def test_merging_with_other_words_than_the_tasks_is_refused(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Or the manifest would tell of settings that the shards were not made with."""
+    preprocess(config_of(source, tmp_path, tasks=1, task=0))
+    with pytest.raises(FolderError, match=r"images was begun with other settings; use another `out` or remove"):
+        merge(config_of(source, tmp_path, tasks=1, **changes))
+    assert not (tmp_path / "images" / "manifest.json").exists()
+    merge(config_of(source, tmp_path, tasks=1))
+    assert tree(tmp_path) == whole
+
+
+def test_a_tar_that_was_cut_and_is_fetched_again_is_read_again(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(source, raw)
+    intact = (raw / "4.tar").read_bytes()
+    (raw / "4.tar").write_bytes(intact[: len(intact) // 2])
+    config = config_of(raw, tmp_path / "out", tasks=1, task=0)
+    preprocess(config)
+    assert f"{raw / '4.tar'} is truncated" in capsys.readouterr().err
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "images").glob("*.done.json")}
+    (raw / "4.tar").write_bytes(intact)
+    with pytest.raises(FolderError, match="1 of 9 shards are not made: train-000004"):
+        merge(config)
+    preprocess(config)
+    assert [path.name for path, at in made.items() if path.stat().st_mtime_ns != at] == ["train-000004.done.json"]
+    merge(config)
+    preprocess(config_of(raw, tmp_path / "whole"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_a_missing_tar_is_refused_by_tasks_and_merge(source: Path, tmp_path: Path) -> None:
     pattern = Path(f"{source}/{{0..9}}.tar")
     for stage, task in ((preprocess, 0), (merge, -1)):
@@ -210,19 +248,28 @@ def test_tasks_without_task_are_refused(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "images").exists()
 
 
-def start_ranks(commands: list[list[str]]) -> list[subprocess.Popen[str]]:
-    """One process a command, as a launcher starts the ranks of a job."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    job = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
+def run_ranks(commands: list[list[str]]) -> tuple[list[int], list[tuple[str, str]]]:
+    """One process a command, as a launcher runs the ranks of a job; exit codes, and what each wrote to both streams.
+
+    They meet at a store of ours: nobody can take its port before they listen there.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    job = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    job |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [
         subprocess.Popen(
             [sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, command in enumerate(commands)
     ]  # fmt: skip
+    try:
+        said = [rank.communicate(timeout=120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return [rank.returncode for rank in ranks], said
 
 
 def module_words(source: Path, out: Path) -> list[str]:
@@ -233,18 +280,28 @@ def module_words(source: Path, out: Path) -> list[str]:
 def test_ranks_of_a_launch_share_the_work_and_rank_0_ends_it(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    ranks = start_ranks([module_words(source, tmp_path)] * 2)
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    codes, said = run_ranks([module_words(source, tmp_path)] * 2)
+    assert codes == [0, 0], said
     assert "5/5 shards" in said[0][1] and "4/4 shards" in said[1][1]
     assert "report in" in said[0][0] and not said[1][0]
     assert tree(tmp_path) == whole
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_line(source: Path, tmp_path: Path) -> None:
-    ranks = start_ranks([module_words(source, tmp_path), ["-c", JOIN_AND_DIE]])
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 9]
+    codes, said = run_ranks([module_words(source, tmp_path), ["-c", JOIN_AND_DIE]])
+    assert codes == [1, 9]
     assert said[0][1].splitlines()[-1].startswith("smalti preprocess: another process of this job ended before")
     with pytest.raises(FolderError, match="not a finished images folder"):
         read_manifest(tmp_path / "images", "images")
+
+
+def test_a_rank_says_what_it_found_in_its_own_share(tmp_path: Path) -> None:
+    """Rank 1's share has the text that is too large; rank 0 cannot know of it."""
+    pairs = make_pairs(tmp_path / "in", 4)
+    with (pairs / "0002.txt").open("wb") as file:
+        file.truncate(TEXT_BYTES + 1)
+    codes, said = run_ranks([[*module_words(pairs, tmp_path / "out"), "samples_per_shard=2"]] * 2)
+    assert codes == [1, 1]
+    found = f"{pairs}/0002.txt has {TEXT_BYTES + 1} bytes, more than {TEXT_BYTES}; remove it from {pairs}"
+    assert said[1][1].splitlines()[-1] == f"smalti preprocess: {found}"
+    assert "another process of this job ended before" in said[0][1].splitlines()[-1]

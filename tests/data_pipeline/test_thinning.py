@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cluster.manifest import FolderError, read_manifest
+from cluster.settings import SettingError
 from data_pipeline.convert import PreprocessConfig, fraction_of
 from data_pipeline.dedupe import DedupeConfig
 from data_pipeline.folders import Shards
@@ -210,3 +211,33 @@ def test_lossy_pictures_are_compared_as_they_are_stored(tmp_path: Path) -> None:
     assert keys(tmp_path / "two") == ["b1"]
     stored = next(iter(Shards(tmp_path / "two" / "images", "images", "train"))).files["webp"]
     assert Image.open(io.BytesIO(stored)).size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_side": 16}, "image_side: 32 there, 16 here"),
+        ({"image_format": "jpg"}, "image_format: 'webp' there, 'jpg' here"),
+        ({"image_quality": 80}, "image_quality: 90 there, 80 here"),
+        ({"image_format": "png", "image_quality": 80}, "image_format: 'webp' there, 'png' here"),
+    ],
+)
+def test_a_set_stored_otherwise_is_refused_where_only_equal_pixels_count(
+    source: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """No picture of it would be found; by their looks they are."""
+    preprocess(config_of(source, tmp_path / "first", DedupeConfig(), image_format="webp"))
+    config = config_of(source, tmp_path / "out", DedupeConfig(True, -1, str(tmp_path / "first" / "images")))
+    config = dataclasses.replace(config, **({"image_format": "webp"} | changes))
+    with pytest.raises(SettingError, match=rf"stored otherwise \({said}\): use dedupe\.near=4"):
+        preprocess(config)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FolderError, match="gave no usable"):
+        preprocess(dataclasses.replace(config, dedupe=dataclasses.replace(config.dedupe, near=6)))
+
+
+def test_the_quality_of_lossless_pictures_does_not_matter(source: Path, tmp_path: Path) -> None:
+    preprocess(config_of(source, tmp_path / "first", DedupeConfig(), image_quality=50))
+    against = DedupeConfig(True, -1, str(tmp_path / "first" / "images"))
+    with pytest.raises(FolderError, match="gave no usable"):
+        preprocess(config_of(source, tmp_path / "out", against))

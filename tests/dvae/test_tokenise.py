@@ -192,6 +192,40 @@ def test_crops_are_those_of_the_recipe_and_each_is_its_own(made: Path, tmp_path:
         assert same > 0.9, sample.key  # plain patches may tie between two codes
 
 
+@pytest.mark.parametrize(
+    ("stored", "said"), [(16, "all crops of a square one are the same"), (17, "crops differ less"), (18, "")]
+)
+def test_crops_want_pictures_stored_larger(
+    made: Path, tmp_path: Path, stored: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = stored_with(made, tmp_path, stored)
+    for changes in ({}, CROPPED):
+        capsys.readouterr()
+        tokenise(config_of(made, tmp_path / f"{len(changes)}", images=str(images), **changes))
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: pictures are")]
+        assert len(warnings) == bool(said and changes)
+        for line in warnings:
+            assert said in line and "image_side=18 and filters.min_side=16" in line
+
+
+def test_crops_of_pictures_stored_smaller_are_refused(made: Path, tmp_path: Path) -> None:
+    images = str(stored_with(made, tmp_path, 15))
+    with pytest.raises(FolderError, match="15 pixels .* too few for random crops of 16; .* image_side=18 and"):
+        tokenise(config_of(made, tmp_path / "tokens", images=images, **CROPPED))
+    assert not (tmp_path / "tokens").exists()
+
+
+def stored_with(made: Path, folder: Path, side: int) -> Path:
+    """The pictures of `made`, stored with that image_side."""
+    preprocess(
+        PreprocessConfig(
+            source=str(made / "raw"), heldout_fraction=0.0, out=str(folder), image_side=side, image_format="png",
+            vocab_size=290,
+        )
+    )  # fmt: skip
+    return folder / "images"
+
+
 def first_8_bytes(key: str) -> int:
     return int(hashlib.sha256(key.encode()).hexdigest()[:16], 16)
 

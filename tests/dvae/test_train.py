@@ -16,12 +16,15 @@ from cluster.run import Run
 from cluster.watch import Requeue
 from cluster.weights import WEIGHTS
 from data_pipeline.loader import Shards, picture_of, to_pixels
+from data_pipeline.preprocess import PreprocessConfig, preprocess
 from data_pipeline.shards import open_shard
 from data_pipeline.sources import EMBEDDED
 from dvae.config import DvaeConfig, DvaeTrainConfig, ScheduleConfig
 from dvae.likelihood import map_pixels
 from dvae.tokenise import TokeniseConfig, tokenise
 from dvae.train import open_dvae, train
+from tests.data_pipeline.test_tasks import run_ranks
+from tests.pairs import make_pairs
 from tests.small import SMALL_DVAE, smalti
 
 ALONE = Place(0, 1, torch.device("cpu"))
@@ -114,11 +117,15 @@ def test_an_unfinished_token_folder_is_not_mixed_with_another_dvae(data: Path, t
         tokenise(dataclasses.replace(config, dvae=str(tmp_path / "other")))
 
 
-def test_a_cut_image_shard_is_named(data: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "images"
+def copy_of(images: Path, copy: Path) -> Path:
     copy.mkdir()
-    for path in (data / "images").iterdir():
+    for path in images.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_cut_image_shard_is_named(data: Path, tmp_path: Path) -> None:
+    copy = copy_of(data / "images", tmp_path / "images")
     shard = sorted(copy.glob("train-*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:2048])
     with pytest.raises(FolderError, match=shard.name):
@@ -140,3 +147,55 @@ def test_tars_of_others_are_trained_on_without_preprocess(tmp_path: Path) -> Non
     assert len({one[0] for one in losses}) == 3  # other pixels from the first step on
     proved = smalti("ledger", f"{tmp_path}/run", check=False)
     assert proved.returncode == 0, proved.stdout + proved.stderr
+
+
+def refused_by_two(*words: str) -> list[str]:
+    """What two ranks of a job that fails at its start say on stderr: nothing but lines for the user."""
+    codes, said = run_ranks([["-m", "dvae.train", *SMALL_DVAE, *words]] * 2)
+    assert codes == [1, 1], said
+    return [line for _, one in said for line in one.splitlines()]
+
+
+def test_ranks_without_pictures_end_with_one_line(tmp_path: Path) -> None:
+    assert refused_by_two(f"images={tmp_path}/none", f"out={tmp_path}/run") == [
+        f"smalti dvae: images folder {tmp_path}/none does not exist; make it with `smalti preprocess`"
+    ]
+
+
+def test_a_damaged_heldout_picture_of_one_rank_ends_all(data: Path, tmp_path: Path) -> None:
+    """The last picture is in the share of the last rank."""
+    shard = open_shard(sorted(copy_of(data / "images", tmp_path / "images").glob("heldout-*.tar"))[-1])
+    offset, size = shard.places[-1]["png"]
+    with open(shard.path, "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    (line,) = refused_by_two(
+        f"images={tmp_path}/images", f"out={tmp_path}/run", "model.image_side=16", "model.fold=4", "data.batch=4"
+    )
+    assert f"sample {shard.keys[-1]}: png cannot be decoded" in line and line.endswith("(found by rank 1)")
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"), [(16, "all crops of a square one are the same"), (23, "crops differ less"), (24, "")]
+)
+def test_the_papers_crops_want_pictures_stored_larger(
+    tmp_path: Path, stored: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_pairs(tmp_path / "pairs", 12)
+    made = PreprocessConfig(str(source), out=str(tmp_path), image_side=stored, vocab_size=300, heldout_fraction=0.3)
+    preprocess(made)
+    capsys.readouterr()
+    config = settings(tmp_path, tmp_path / "run", n_steps=1, augment="paper")
+    train(config, ALONE)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == bool(said)
+    for line in warnings:
+        assert said in line and "image_side=24 and filters.min_side=16" in line
+    train(dataclasses.replace(config, out=str(tmp_path / "plain"), augment="none"), ALONE)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_papers_crops_of_pictures_stored_smaller_are_refused(data: Path, tmp_path: Path) -> None:
+    wide = dataclasses.replace(MODEL, image_side=32)
+    with pytest.raises(FolderError, match=r"16 pixels .* too few for random crops of 32; .* image_side=48 and"):
+        train(settings(data, tmp_path / "run", augment="paper", model=wide), ALONE)

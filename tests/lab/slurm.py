@@ -267,6 +267,24 @@ def time_limit(at: Path, environment: dict[str, str]) -> str:
     return f"{n_steps} steps, {starts['limited']} starts; model.safetensors and ledger.jsonl equal, byte for byte"
 
 
+def told_to_end(at: Path, environment: dict[str, str]) -> str:
+    """A job whose script gets SIGTERM saves, ends with 75, and is not queued again"""
+    data, folder = at / "whole" / "data", at / "told"
+    words = f"emoji tokens={data}/tokens vocab={data}/vocab n_steps=100000 save_every=100000 out={folder}/run"
+    slurm = {"time": "30", "processes_per_node": 2}
+    settings = write_settings(at / "told.toml", {"slurm": slurm, "train": {"words": words}})
+    smalti(["pipeline", "slurm", settings, f"folder={folder}"], environment)
+    metrics = folder / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and metrics.stat().st_size, "first steps", 300)
+    ask(["scancel", "--batch", "--signal=TERM", jobs_of(folder)["train"]], environment)
+    wait_for_jobs(folder, environment, 120)
+    log = "".join(path.read_text() for path in (folder / "logs").glob("train-*.log"))
+    saved = sorted(path.name for path in (folder / "run" / "checkpoints").glob("global_step*"))
+    if log.count(" starts on ") != 1 or " ends with code 75\n" not in log or len(saved) != 1:
+        raise Failed(f"checkpoints: {saved}; {log[-1500:]}")
+    return f"saved {saved[0]}"
+
+
 def seconds_a_step(run: Path) -> float:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = sorted(record["perf/step_seconds"] for record in records if "perf/step_seconds" in record)
@@ -305,7 +323,7 @@ def cancelled_task(at: Path, environment: dict[str, str]) -> str:
     return f"{' and '.join(cancelled)} rerun; fingerprints of images, vocab and tokens equal"
 
 
-CLAIMS = (whole_pipeline, time_limit, cancelled_task)
+CLAIMS = (whole_pipeline, time_limit, told_to_end, cancelled_task)
 
 
 def main() -> int:

@@ -1,12 +1,16 @@
 """`smalti launch ...`: whose word is whose, what is refused before anything starts, and a real start of two."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from cluster.command import run_command
+from cluster.launch_local import LocalConfig, environments
+from cluster.process import TIMEOUT
 from cluster.settings import SettingError
 from pretrain.cli import VERBS, command_of
 from pretrain.launch import TOGETHER, launchable, program_of, split_at_verb
@@ -139,6 +143,32 @@ def test_a_submission_prints_the_jobs_id(
     assert (tmp_path / "run" / "launch" / "001" / "settings.toml").is_file()
 
 
+@pytest.mark.parametrize(
+    ("verb", "told"),
+    [("train emoji", "train is not shared by tasks: setting 'tasks' does not exist"),
+     ("preprocess merge emoji", "preprocess merge is one job, which ends what the tasks began")],
+)  # fmt: skip
+def test_an_array_of_what_is_not_shared_by_tasks_is_refused(
+    verb: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(SLURM, ["tasks=2", "--dry-run", *verb.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"smalti launch slurm: tasks=2: {told}")
+
+
+def test_a_run_whose_job_waits_is_submitted_again_only_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("sbatch", "echo 4711"), ("squeue", "echo '4711|PENDING|Priority'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    words = ["train", "emoji", f"out={tmp_path}/run"]
+    assert [run_command(SLURM, words), run_command(SLURM, words)] == [0, 1]
+    assert "wait or run: wait for them, or `scancel 4711`, or submit with after=4711" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "launch" / "002").exists()
+    assert run_command(SLURM, ["after=4711", *words]) == 0
+
+
 def test_a_real_start_ends_with_the_code_of_its_processes(tmp_path: Path) -> None:
     """A mistake that only the processes can find: every rank ends with 1."""
     done = smalti("launch", "local", "processes=2", "train", "emoji", f"tokens={tmp_path}", f"vocab={tmp_path}",
@@ -146,6 +176,19 @@ def test_a_real_start_ends_with_the_code_of_its_processes(tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "smalti train:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_waits_as_long_as_its_own_settings_say_under_a_launch_too() -> None:
+    """Rank 1 never comes; a run would wait for it for half an hour."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, _ = environments(LocalConfig(), 2, store.port)
+    environment = {name: value for name, value in os.environ.items() if name != TIMEOUT} | first
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.doctor", "emoji", "timeout_seconds=2"],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "not all 2 ranks came in" in done.stdout
 
 
 def test_the_module_is_the_verb() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from cluster.command import run_command
 from cluster.settings import SettingError, UserError
+from cluster.slurm.queue import submitted
 from pretrain import pipeline as stage
 from pretrain.cli import command_of
 from pretrain.pipeline import COMMAND, PipelineConfig, pipeline, planned, words_for
+from pretrain.status import read_record
 
 Sbatch = Callable[..., list[list[str]]]
 
@@ -155,6 +157,23 @@ def test_a_refusal_takes_back_what_was_submitted(tmp_path: Path, slurm: Sbatch) 
     assert calls[-1] == ["scancel", "101", "102"]
 
 
+def test_a_reader_that_leaves_takes_back_what_was_submitted(
+    tmp_path: Path, slurm: Sbatch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = slurm()
+
+    def shown(one: stage.Planned) -> str:
+        if one.job.name == "dvae":
+            raise BrokenPipeError
+        return one.job.name
+
+    monkeypatch.setattr(stage, "_shown", shown)
+    with pytest.raises(BrokenPipeError):
+        pipeline(settings(tmp_path))
+    assert calls[-1] == ["scancel", "101", "102", "103"]
+    assert capsys.readouterr().err == "smalti pipeline slurm: the 3 jobs submitted before it were cancelled\n"
+
+
 def test_two_submissions_of_one_folder_do_not_run_at_once(tmp_path: Path, slurm: Sbatch) -> None:
     slurm()
     pipeline(settings(tmp_path))
@@ -173,7 +192,7 @@ def test_a_dry_run_writes_scripts_that_submit_themselves(
     assert run_command(COMMAND, ["emoji", f"folder={tmp_path}/p", "--dry-run"]) == 0
     assert not calls and not (tmp_path / "p" / "jobs.jsonl").exists() and (tmp_path / "p" / "logs").is_dir()
     noted = tmp_path / "noted"
-    fake = f'#!/bin/bash\necho "$@" >> {noted}\nwc -l < {noted}\n'  # its ids: 1, 2, 3 ...
+    fake = f'#!/bin/bash\necho "$@" >> {noted}\necho "$(wc -l < {noted});lab"\n'  # its ids: 1, 2, 3 ... of a cluster
     (tmp_path / "sbatch").write_text(fake)
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -182,3 +201,11 @@ def test_a_dry_run_writes_scripts_that_submit_themselves(
     assert len(lines) == 10
     path = tmp_path / "p" / "scripts" / "tokenise.sh"
     assert lines[3] == f"--parsable --dependency=afterok:2:3 --kill-on-invalid-dep=yes {path}"
+    jobs = planned(settings(tmp_path / "p"))
+    assert [(one.job, one.name, one.array, one.time > 0) for one in submitted(tmp_path / "p")] == [
+        (str(number), one.job.name, one.job.array, True) for number, one in enumerate(jobs, 1)
+    ]
+    assert list(read_record(tmp_path / "p")) == list(stage.STAGES)
+    slurm(queue="3|PENDING|Dependency\n")
+    with pytest.raises(UserError, match="`scancel 3`"):
+        pipeline(settings(tmp_path / "p"))

@@ -222,6 +222,10 @@ def test_the_table_has_every_number_of_gpus_with_as_many_samples_at_once(theirs:
     assert [row["accumulate"] * row["gpus"] for row in rows] == [1024] * len(WORLDS)
     days = [row["days"] for row in rows]
     assert all(more / fewer == pytest.approx(0.5, abs=0.05) for fewer, more in zip(days, days[1:], strict=False))
+    run, cluster = theirs
+    of_six = scaling(run, replace(cluster, gpus_per_node=6))  # 8 GPUs are not 12, though they take two nodes
+    work = [row["mfu"] * row["step"] * row["gpus"] for row in rows + of_six]
+    assert work == pytest.approx([work[0]] * len(work))
     odd = scaling(small(8, data=LoaderConfig(batch=24)), theirs[1])
     assert ["refused" in row for row in odd] == [world > 8 for world in WORLDS]
 

@@ -8,7 +8,12 @@ import pytest
 SRUN = """#!/bin/bash
 echo "srun $*" >> "$CALLS"
 while [[ $1 == --* ]]; do shift; done
-exec "$@"
+"$@" &
+child=$!
+trap 'kill -s USR1 "$child"' USR1  # as the real one: passed on to the ranks
+trap 'kill -s KILL "$child"' TERM  # as the real one: the step is aborted
+while wait "$child"; kill -0 "$child" 2>/dev/null; do :; done
+wait "$child"
 """
 SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$CALLS"

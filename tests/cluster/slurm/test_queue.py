@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.settings import UserError
-from cluster.slurm.queue import State, newest, states, submitted
+from cluster.slurm.queue import State, newest, refuse_twice, states, submitted
 
 LINE = {"job": "1", "name": "train", "array": 0, "time": 1.5}
 
@@ -36,6 +36,26 @@ def test_without_slurm_or_jobs_there_are_no_states(calls: Path, monkeypatch: pyt
     assert states([]) == {} and calls.read_text() == ""
     monkeypatch.setenv("PATH", str(calls.parent))
     assert states(["7"]) == {}
+
+
+def test_a_job_waits_for_the_last_that_lives_or_is_refused(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [LINE, LINE | {"job": "2"}, LINE | {"job": "3", "name": "sample"}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setenv("QUEUE", "1|RUNNING|None\n2|PENDING|Dependency\n3|PENDING|Priority\n")
+    for after in ((), ("1",), ("9",)):
+        with pytest.raises(UserError, match="jobs of it wait or run.*`scancel 1 2`, or submit with after=2$"):
+            refuse_twice(tmp_path, "train", after)
+    refuse_twice(tmp_path, "train", ("2",))  # 2 came after 1
+    refuse_twice(tmp_path, "rerank")
+    with pytest.raises(UserError, match="`scancel 1 2 3`$"):
+        refuse_twice(tmp_path)
+    monkeypatch.setenv("QUEUE", "1|RUNNING|None\n2|CANCELLED|Dependency\n")  # what came after 2 would not wait for 1
+    with pytest.raises(UserError, match="`scancel 1`"):
+        refuse_twice(tmp_path, "train", ("2",))
+    monkeypatch.setenv("QUEUE", "1|COMPLETED|None\n2|FAILED|Dependency\n")
+    refuse_twice(tmp_path, "train")
 
 
 def test_the_record_of_jobs_survives_a_cut_line(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,18 +183,24 @@ def computed_gigabytes(config: DvaeConfig, batch: int, kind: torch.dtype, recomp
     return (tracker.get_tracker_snapshot("peak")[CPU]["Total"] + kept) / 1e9
 
 
+def most_held() -> int:
+    """Bytes of the most that this process held at once. (`ru_maxrss` would begin with what its parent held.)"""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def memory(config: DvaeConfig) -> dict[str, Any]:
     """Computed for 16 bit and for fp32; and what the resident memory of this process grows by in two steps in fp32.
 
     The steps come first: they would use again, uncounted, what computing leaves behind.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_held()
     model = made(config, recompute_blocks=True)
     update = stepper(model, mapped_pictures(config, MEMORY_BATCH), noise_for(config, MEMORY_BATCH))
     update()
     update()
-    resident = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    resident = (most_held() - before) / 1e9
     computed = {name: computed_gigabytes(config, MEMORY_BATCH, kind) for name, kind in (
         ("fp16", torch.float16), ("fp32", torch.float32),
     )}  # fmt: skip

@@ -43,6 +43,9 @@ def why_apart(launched: Launched, host: str, seconds: float, said: str) -> Findi
         return broken("nobody said where to meet", advice)
     if "is taken" in said:
         return broken(f"port {launched.port} is taken there by another program", "choose another MASTER_PORT")
+    if "cannot connect to the others" in said:
+        said = said[said.index("cannot") :].partition("; see ")[0]
+        return broken(said, "name the network between the hosts: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME")
     if launched.rank == 0:
         came = said.rpartition(". ")[2] if "clients joined" in said else said
         return broken(

@@ -2,6 +2,7 @@
 
 OUT/launch/NNN/  launch.toml (how it was started)  settings.toml (of the verb, resolved)  command.txt
                  code.txt (git commit, or version)  code.diff (what differs from that commit, if anything does)
+                 environment.txt (of a hostfile's launch: names of the variables that went along, without values)
 """
 
 import importlib.metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.manifest import write_bytes
+from cluster.process import TIMEOUT
 from cluster.settings import SettingError, setting, to_toml
 from cluster.watch import INTERRUPTED, REQUEUE
 
@@ -36,13 +38,18 @@ class MeetingConfig(LaunchConfig):
     """How processes that are started together find each other."""
 
     port: int = setting(0, "where the processes meet; 0: a free one")
-    timeout_minutes: float = setting(30.0, "how long a process waits for the others before it gives up")
+    timeout_minutes: float = setting(0.0, "how long a process waits for the others; 0: as long as the verb has it")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise SettingError(f"port={self.port} must be from 1 to {2**16 - 1}, or 0")
-        if not self.timeout_minutes > 0:
-            raise SettingError(f"timeout_minutes={self.timeout_minutes} must be above 0")
+        if not 0 <= self.timeout_minutes < float("inf"):
+            raise SettingError(f"timeout_minutes={self.timeout_minutes} must be above 0, or 0 for what the verb has")
+
+    @property
+    def timeout(self) -> dict[str, str]:
+        """The variable that tells a process how long to wait, if anything was said: doctor waits shorter than train."""
+        return {TIMEOUT: f"{self.timeout_minutes:g}"} if self.timeout_minutes else {}
 
 
 @dataclass(frozen=True)

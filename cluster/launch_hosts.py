@@ -7,14 +7,15 @@ connection is noticed, the host is named and the job ended; a signal reaches the
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGINT, SIGKILL, Signals
 from threading import Thread
@@ -24,7 +25,7 @@ from cluster.hostfile import chosen_slots, read_hostfile
 from cluster.launch import PLANNED, MeetingConfig, Program, exit_code, record
 from cluster.launch_local import POLL_SECONDS, heard
 from cluster.manifest import write_bytes
-from cluster.process import LAUNCH, PORTS, TIMEOUT, environment_with
+from cluster.process import LAUNCH, PORTS, environment_with
 from cluster.settings import SettingError, UserError, setting
 
 ALIVE_QUESTIONS = 3  # without an answer: the connection is broken
@@ -33,6 +34,7 @@ END_SECONDS = 60.0  # for the other hosts to end by themselves, when one has fai
 PASSED_NAMES = (  # beginnings of names that the processes need as they are here; DeepSpeed adds PYTHON...
     "NCCL_", "GLOO_", "TORCH_", "OMP_", "MKL_", "TRITON_", "DS_", "LD_LIBRARY_PATH",
 )  # fmt: skip
+PLAIN = re.compile(r"[\w@+=:,./-]*")  # what neither a shell nor pdsh reads as anything else
 NOT_PASSED = ("DS_ENV_FILE",)  # where DeepSpeed finds the file that we write
 BROKEN = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 SSH_FAILED = 255  # ssh(1): an error of the connection, not the command's code
@@ -46,7 +48,7 @@ class HostfileConfig(MeetingConfig):
     include: str = setting("", "hosts and slots to use, as node1@node2:0,2; empty: all")
     exclude: str = setting("", "hosts and slots to leave out")
     address: str = setting("", "of the first host, as the others reach it; empty: the first that it names itself")
-    env: str = setting("", "more variables for the processes, NAME or NAME=VALUE with commas between")
+    env: str = setting("", "more variables for the processes, NAME or NAME=VALUE with commas between; no secrets")
     ssh_port: int = setting(0, "of all hosts; 0: ssh's own settings")
     lost_after_seconds: int = setting(45, "a host that is silent for so long is lost, and the job is ended")
 
@@ -75,6 +77,12 @@ class HostfileConfig(MeetingConfig):
         """Hosts and slots to use. SettingError as `read_hostfile` and `chosen_slots` raise it."""
         return chosen_slots(read_hostfile(Path(self.hostfile)), self.include, self.exclude)
 
+    def without(self, hosts: list[str]) -> str:
+        """The word for the same launch without these hosts."""
+        chosen = (self.include or self.exclude).split("@")
+        kept = [part for part in chosen if part and part.partition(":")[0] not in hosts]
+        return f"include={'@'.join(kept)}" if self.include else f"exclude={'@'.join([*kept, *hosts])}"
+
 
 def launch_hosts(config: HostfileConfig, program: Program) -> int:
     """Run the program on all chosen slots; its exit code. UserError naming the hosts that do not answer."""
@@ -84,10 +92,13 @@ def launch_hosts(config: HostfileConfig, program: Program) -> int:
     mark = f"{time.time_ns():x}"  # of this launch's processes
     lines = environment_lines(config, mark)
     command = deepspeed_command(config, program, port)
+    names = [line.partition("=")[0] for line in lines]
+    appended = " ".join([*config.ssh_words, environment_with({}).get("PDSH_SSH_ARGS_APPEND", "")]).strip()
     if config.dry_run:
-        print(f"on {', '.join(f'{host}: {len(numbers)}' for host, numbers in slots.items())}, each with")
-        print("".join(f"    {line}\n" for line in lines), end="")
-        print(" ".join(command))
+        hosts_told = ", ".join(f"{host}: {len(numbers)}" for host, numbers in slots.items())
+        print(f"on {hosts_told}, each with these variables, which stand in FILE with their values:")
+        print("".join(f"    {name}\n" for name in names), end="")
+        print(f"DS_ENV_FILE=FILE PDSH_SSH_ARGS_APPEND={shlex.quote(appended)} {shlex.join(command)}")
         return 0
     if not shutil.which("pdsh"):
         raise UserError("there is no command pdsh here, which DeepSpeed's launcher needs: install the package pdsh")
@@ -95,17 +106,24 @@ def launch_hosts(config: HostfileConfig, program: Program) -> int:
     hosts = Hosts(list(slots), ["-o", "BatchMode=yes", *config.ssh_words, *port_words], mark)
     if silent := hosts.silent():
         raise UserError(f"no ssh connection to {', '.join(silent)}; try `ssh {silent[0]} true`, which must not ask")
-    with ExitStack() as stack:
-        folder = record(program, config) or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        file = folder.resolve() / "environment"
+    if folder := record(program, replace(config, env=",".join(part.partition("=")[0] for part in config.named()))):
+        write_bytes(folder / "environment.txt", "".join(f"{name}\n" for name in names).encode())
+    with tempfile.TemporaryDirectory() as private:  # values may be secret, and a run folder is for others to read
+        file = Path(private).resolve() / "environment"
         write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
-        appended = environment_with({}).get("PDSH_SSH_ARGS_APPEND", "")
-        changes = {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": " ".join([*config.ssh_words, appended]).strip()}
-        return Watched(command, environment_with(changes), hosts).run()
+        changes = {"DS_ENV_FILE": str(file), "PDSH_SSH_ARGS_APPEND": appended}
+        return Watched(command, environment_with(changes), hosts, config).run()
 
 
 def deepspeed_command(config: HostfileConfig, program: Program, port: int) -> list[str]:
-    """DeepSpeed's launcher, with the words as the hosts' shells must read them."""
+    """DeepSpeed's launcher, with the words as the hosts' shells must read them.
+
+    SettingError for what it would put into a shell's line as it is, and a shell would read otherwise.
+    """
+    unquoted = {"this folder": str(Path.cwd()), "this Python": sys.executable, "address": config.address}
+    for name, text in unquoted.items():
+        if not PLAIN.fullmatch(text):
+            raise SettingError(f"{name}, {text!r}, has characters that DeepSpeed's launcher cannot pass to a host")
     options = {"include": config.include, "exclude": config.exclude, "master_addr": config.address}
     options |= {"ssh_port": str(config.ssh_port or "")}
     return [
@@ -136,7 +154,7 @@ def environment_lines(config: HostfileConfig, mark: str) -> list[str]:
         if not equals and name not in here:
             raise SettingError(f"env: {name} has no value here")
         values[name] = value if equals else here[name]
-    values |= {TIMEOUT: f"{config.timeout_minutes:g}", LAUNCH: mark}
+    values |= config.timeout | {LAUNCH: mark}
     return lines + [f"{name}={_escaped(name, value)}" for name, value in values.items()]
 
 
@@ -154,7 +172,7 @@ def _lines(path: Path) -> list[str]:
 def _escaped(name: str, value: str) -> str:
     """A value as DeepSpeed writes it between double quotes in a shell's line."""
     if not value.isprintable():
-        raise SettingError(f"env: {name}={value!r} must be one line")
+        raise SettingError(f"env: the value of {name} must be one line")
     return re.sub(r"[\\\"$`]", r"\\\g<0>", value).replace("%", "%%")
 
 
@@ -211,25 +229,27 @@ class Watched:
     command: list[str]
     environment: dict[str, str]
     hosts: Hosts
+    config: HostfileConfig
     ended: list[tuple[str, int]] = field(default_factory=list)  # hosts that failed, and their codes, in order
     told: list[Signals] = field(default_factory=list)  # signals, in order
 
     def run(self) -> int:
         """The exit code. UserError naming a host that was lost."""
-        process = subprocess.Popen(
-            self.command, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-        )
-        assert process.stderr
-        listener = Thread(target=self._listen, args=(process.stderr,), daemon=True)
-        try:
-            with heard(self.told.append):
+        with heard(self.told.append):
+            process = subprocess.Popen(
+                self.command, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                start_new_session=True,
+            )  # fmt: skip
+            assert process.stderr
+            listener = Thread(target=self._listen, args=(process.stderr,), daemon=True)
+            try:
                 listener.start()
                 self._watch(process)
-        finally:
-            if process.poll() is None:
-                self.hosts.end(self.hosts.names)
-                os.killpg(process.pid, SIGKILL)
-                process.wait()
+            finally:
+                if process.poll() is None:
+                    self.hosts.end(self.hosts.names)
+                    os.killpg(process.pid, SIGKILL)
+                    process.wait()
         listener.join(SSH_SECONDS)
         if process.returncode < 0:
             return 128 - process.returncode
@@ -239,20 +259,21 @@ class Watched:
         """Show what the hosts and pdsh say, and note which hosts pdsh says have failed."""
         for raw in stream:
             line = raw.decode(errors="replace")
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            with suppress(OSError):  # the terminal may have been closed
+                sys.stderr.write(line)
+                sys.stderr.flush()
             if found := BROKEN.search(line):
                 self.ended.append((found[1], int(found[2])))
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         until, obeyed = float("inf"), 0
         while process.poll() is None:
-            if len(self.told) > obeyed:
-                obeyed = len(self.told)
-                if obeyed == 1:
-                    self.hosts.tell_ranks(interrupt=self.told[0] == SIGINT)
-                else:
+            while len(self.told) > obeyed:  # the first tells the ranks, and the same one again ends all
+                if self.told[obeyed] in self.told[:obeyed]:
                     self.hosts.end(self.hosts.names)
+                elif not obeyed:
+                    self.hosts.tell_ranks(interrupt=self.told[0] == SIGINT)
+                obeyed += 1
             failed = [(host, code) for host, code in self.ended if code not in PLANNED]
             if lost := [host for host, code in failed if code == SSH_FAILED]:
                 self._lost(process, lost[0])
@@ -271,7 +292,12 @@ class Watched:
             process.wait(END_SECONDS)
         if not silent:
             raise UserError(f"the connection to {host} broke, though it answers now: the same command goes on")
+        if len(silent) == len(self.hosts.names):
+            raise UserError(
+                "no host answers any more: is it the network of this machine? The processes may still run there; when "
+                "they have ended, the same command goes on from the last checkpoint"
+            )
         raise UserError(
             f"host {', '.join(silent)} does not answer any more, so the others were ended; the same command with "
-            f"exclude={'@'.join(silent)} goes on from the last checkpoint"
+            f"{self.config.without(silent)} goes on from the last checkpoint"
         )

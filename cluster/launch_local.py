@@ -4,6 +4,7 @@ torchrun ends with 1 whatever its workers ended with, and the `deepspeed` comman
 workers behind (both tried): a job script could not tell "saved, start again" (75) from a failure.
 """
 
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from cluster.launch import PLANNED, MeetingConfig, Program, exit_code, record
-from cluster.process import TIMEOUT, Launched, environment_with, n_accelerators
+from cluster.process import Launched, environment_with, n_accelerators
 from cluster.settings import SettingError, UserError, setting
 from cluster.watch import SIGNALS
 
@@ -57,10 +58,7 @@ def launch_local(config: LocalConfig, program: Program) -> int:
 
 def environments(config: LocalConfig, count: int, port: int) -> list[dict[str, str]]:
     """What each process finds in its environment beside ours. This process keeps the store that they meet at."""
-    shared = {
-        TIMEOUT: f"{config.timeout_minutes:g}",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    shared = config.timeout | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     return [Launched(rank, count, rank, count, HERE, port).variables() | shared for rank in range(count)]
 
 
@@ -77,7 +75,8 @@ def _meeting_place(port: int) -> dist.TCPStore:
 def run_processes(command: list[str], environments: list[dict[str, str]]) -> int:
     """Run a command once per environment, each in a session of its own, so that a signal reaches it through us alone.
 
-    When one fails, the others have a while to end by themselves; none is left behind. Returns the exit code.
+    When one fails, the others have a while to end by themselves; none is left behind, nor is what they started.
+    Returns the exit code.
     """
     processes: list[subprocess.Popen[bytes]] = []
     codes: list[int] = []
@@ -99,8 +98,8 @@ def run_processes(command: list[str], environments: list[dict[str, str]]) -> int
             _wait(processes, codes)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            if process.returncode is None:  # not poll(): one that has just ended may have left workers
+                _end_session(process)
                 process.wait()
     return exit_code(codes)
 
@@ -112,20 +111,34 @@ def _wait(processes: list[subprocess.Popen[bytes]], codes: list[int]) -> None:
     while running and time.monotonic() < until:
         for process in [one for one in running if one.poll() is not None]:
             running.remove(process)
+            _end_session(process)
             codes.append(process.returncode)
             if process.returncode not in (0, *PLANNED):
                 until = min(until, time.monotonic() + LAST_WORDS_SECONDS)
         time.sleep(POLL_SECONDS)
 
 
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads a session, if it still runs, and the workers that it has, or left behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 @contextmanager
 def heard(act: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call `act` with each signal to pass on; what a closed terminal sends is heard as SIGTERM."""
+    """Call `act` with each signal to pass on; what a closed terminal sends is heard as SIGTERM, unless under nohup.
+
+    It is heard once: the kernel sends it, and so does a shell, but a rank that gets a signal twice ends at once.
+    """
 
     def hear(number: int, frame: FrameType | None) -> None:
-        act(signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
+        if number == signal.SIGHUP:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            number = signal.SIGTERM
+        act(signal.Signals(number))
 
-    before = {number: signal.signal(number, hear) for number in HEARD}
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {number: signal.signal(number, hear) for number in HEARD if number != signal.SIGHUP or not under_nohup}
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ under plain `python` (a world of one), `smalti launch`, `torchrun`, `deepspeed` 
 
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,9 +211,13 @@ def wait_for_all(place: Place) -> None:
 
 
 def share_cores(place: Place) -> None:
-    """Give this rank its part of the machine's cores, so that ranks on one host do not fight."""
-    local = read_launch(os.environ).local_world_size if place.world_size > 1 else 1
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    """Give this rank its part of the cores that it may use, so that ranks on one host do not fight. Collective.
+
+    srun may have bound each to cores of its own; other launchers let all ranks of a host use all.
+    """
+    here, mine = socket.gethostname(), os.sched_getaffinity(0)
+    sharers = sum(host == here and not mine.isdisjoint(cores) for host, cores in gathered(place, (here, mine)))
+    torch.set_num_threads(max(1, len(mine) // sharers))
 
 
 def launched_rank() -> int:
@@ -284,6 +289,10 @@ def _join_group(backend: str, launched: Launched, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UserError(_why_not_joined(launched, str(error))) from None
+    except RuntimeError as error:  # the store was reached, but the backend has no way to the others
+        said = re.sub(r"^\[[^]]*\] *", "", str(error).strip()).partition("\n")[0]
+        interfaces = "GLOO_SOCKET_IFNAME / NCCL_SOCKET_IFNAME"
+        raise UserError(f"rank {launched.rank} cannot connect to the others: {said}; see {interfaces}") from None
 
 
 def _why_not_joined(launched: Launched, said: str) -> str:

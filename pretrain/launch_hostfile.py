@@ -6,7 +6,8 @@
 
 Every host needs this folder under the same path (a shared file system), and ssh without a password. DeepSpeed's
 launcher starts the processes through pdsh. NCCL_, GLOO_, TORCH_, OMP_ and PYTHON variables go along, others with
-`env`. When a host is lost, the job ends in about a minute and says which; Ctrl-C, SIGTERM and SIGUSR1 save first.
+`env`; DeepSpeed puts their values on command lines, which every user of these machines can read. When a host is lost,
+the job ends in about a minute and says which; Ctrl-C, SIGTERM and SIGUSR1 save first.
 """
 
 import sys

@@ -4,7 +4,8 @@
     smalti launch local --dry-run train emoji
 
 It ends with the exit code of its processes (75: stopped and saved, start it again), and passes Ctrl-C, SIGTERM and
-SIGUSR1 on to them. What was started, and with which code, is written into the run folder: `launch/001` and so on.
+SIGUSR1 on to them; a closed terminal counts as SIGTERM, unless under nohup. What was started, and with which code, is
+written into the run folder: `launch/001` and so on.
 """
 
 import sys

@@ -239,3 +239,11 @@ def test_a_link_is_held_against_what_the_plan_assumes() -> None:
     assert judged(across, (0.0, 321.0)).state == "fix"  # two rings share the way out of a host
     flat = [list(range(4))] * 4
     assert judged(flat, (0.0, 160.0)).state == "ok" and judged(flat, (0.0, 161.0)).state == "fix"  # one ring has it
+
+
+def test_a_network_that_is_not_there_is_told_with_the_variables_that_name_it() -> None:
+    said = "rank 0 cannot connect to the others: Unable to find address for: eth9; see GLOO_SOCKET_IFNAME"
+    found = why_apart(Launched(0, 2, 0, 2, "127.0.0.1", 4711), "node0", 0.1, said)
+    assert found is not None and found.state == "fix"
+    assert found.value == "rank 0 on node0: cannot connect to the others: Unable to find address for: eth9"
+    assert "GLOO_SOCKET_IFNAME" in found.advice

@@ -88,8 +88,9 @@ def test_the_code_is_that_of_the_first_failure_else_of_the_planned_stop(codes: l
     ("changes", "told"),
     [
         ({"port": -1}, "port=-1 must be"), ({"port": 65536}, "port=65536 must be"),
-        ({"timeout_minutes": 0.0}, "timeout_minutes=0.0 must be above 0"),
+        ({"timeout_minutes": -1.0}, "timeout_minutes=-1.0 must be above 0"),
         ({"timeout_minutes": float("nan")}, "timeout_minutes=nan must be above 0"),
+        ({"timeout_minutes": float("inf")}, "timeout_minutes=inf must be above 0"),
     ],
 )  # fmt: skip
 def test_a_meeting_that_cannot_be_is_refused(changes: dict[str, float], told: str) -> None:

@@ -33,14 +33,23 @@ time.sleep(1)  # a second time would be heard now
 sys.exit(130 if heard[:1] == [signal.SIGINT] else 75)
 """
 LAUNCHES = f"""
-import sys
+import signal, sys
 from cluster.launch_local import run_processes
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 sys.exit(run_processes([sys.executable, "-c", {LISTENS!r}, sys.argv[1]], {RANKS!r}))
 """
 
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
+
+
+def is_alive(number: int) -> bool:
+    """False also for one that has ended, and that nobody has asked for its code."""
+    try:
+        return bool(psutil.Process(number).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(paths: list[Path]) -> None:
@@ -73,6 +82,35 @@ def test_every_process_hears_a_signal_once_and_their_code_is_the_launchs(
     assert not [rank for rank in (0, 1) if psutil.pid_exists(int((tmp_path / f"up{rank}").read_text()))]
 
 
+def test_a_closed_terminal_is_heard_once_though_it_sends_two_signals(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and so does the shell; a rank ends at once at a second SIGTERM."""
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    launch = subprocess.Popen([*python(LAUNCHES), str(tmp_path)], env=environment, start_new_session=True)
+    try:
+        wait_for([tmp_path / "up0", tmp_path / "up1"])
+        for _ in range(2):
+            os.killpg(launch.pid, signal.SIGHUP)
+            time.sleep(0.3)  # or the two could become one; the ranks listen for a second
+        assert launch.wait(timeout=60) == 75
+    finally:
+        launch.kill()
+    assert [(tmp_path / f"heard{rank}").read_text() for rank in (0, 1)] == [str(int(signal.SIGTERM))] * 2
+
+
+def test_under_nohup_a_closed_terminal_is_not_heard(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    launch = subprocess.Popen([*python(LAUNCHES), str(tmp_path), "nohup"], env=environment, start_new_session=True)
+    try:
+        wait_for([tmp_path / "up0", tmp_path / "up1"])
+        os.killpg(launch.pid, signal.SIGHUP)
+        time.sleep(0.3)  # or both could wait for the launch, which would hear the one with the lower number first
+        os.killpg(launch.pid, signal.SIGUSR1)
+        assert launch.wait(timeout=60) == 75
+    finally:
+        launch.kill()
+    assert [(tmp_path / f"heard{rank}").read_text() for rank in (0, 1)] == [str(int(signal.SIGUSR1))] * 2
+
+
 def test_when_one_fails_the_others_have_a_while_and_are_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "LAST_WORDS_SECONDS", 0.5)
     start = time.monotonic()
@@ -80,6 +118,24 @@ def test_when_one_fails_the_others_have_a_while_and_are_then_ended(monkeypatch: 
                          RANKS)  # fmt: skip
     assert code == 3
     assert time.monotonic() - start < 30
+
+
+def test_the_workers_of_a_process_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 ends by itself and leaves its worker behind; rank 0 is ended, and could not tell its own."""
+    monkeypatch.setattr(door, "LAST_WORDS_SECONDS", 0.5)
+    code = "import os, subprocess, sys, time; rank = os.environ['RANK']; worker = subprocess.Popen(['sleep', '60']); "
+    code += "open(os.path.join(sys.argv[1], rank), 'w').write(str(worker.pid)); "
+    code += "other = os.path.join(sys.argv[1], '0')\nwhile not os.path.exists(other): time.sleep(0.05)\n"
+    code += "time.sleep(60) if rank == '0' else os._exit(3)"
+    assert run_processes([*python(code), str(tmp_path)], RANKS) == 3
+    workers = [int((tmp_path / rank).read_text()) for rank in "01"]
+    until = time.monotonic() + 30
+    while left := [worker for worker in workers if is_alive(worker)]:
+        if time.monotonic() > until:
+            for worker in left:
+                os.kill(worker, signal.SIGKILL)
+            pytest.fail(f"workers {left} of {workers} are left behind")
+        time.sleep(0.05)
 
 
 def test_who_stopped_as_planned_waits_for_the_others_however_long_they_save(
@@ -113,7 +169,7 @@ import json, os, pathlib, sys
 from cluster.process import gathered, joined_place
 with joined_place() as place:
     ranks = gathered(place, place.rank)
-local = os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"], os.environ["SMALTI_TIMEOUT_MINUTES"]
+local = os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"], os.environ.get("SMALTI_TIMEOUT_MINUTES")
 pathlib.Path(sys.argv[1], f"{place.rank}.json").write_text(json.dumps([ranks, *local]))
 """
 
@@ -126,6 +182,7 @@ def meets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
     (tmp_path / "meets_here.py").write_text(MEETS)
     monkeypatch.setenv("PYTHONPATH", ":".join([str(tmp_path), *sys.path]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("SMALTI_TIMEOUT_MINUTES", raising=False)
     return Program("meet", "meets_here", (str(tmp_path),), tmp_path / "out", "")
 
 
@@ -134,6 +191,11 @@ def test_the_processes_of_a_launch_meet(tmp_path: Path, meets: Program) -> None:
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert said == [[[0, 1], "0", "2", "2.5"], [[0, 1], "1", "2", "2.5"]]
     assert (tmp_path / "out/launch/001/launch.toml").is_file()
+
+
+def test_unless_told_a_launch_leaves_the_time_to_wait_to_the_verb(tmp_path: Path, meets: Program) -> None:
+    assert launch_local(LocalConfig(processes=1), meets) == 0
+    assert json.loads((tmp_path / "0.json").read_text()) == [[0], "0", "1", None]
 
 
 def test_slurms_variables_around_a_launch_do_not_count(

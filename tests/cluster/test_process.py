@@ -1,20 +1,24 @@
 """Where a process finds its place: the launchers' variables, SLURM's, and what it says when it is left alone."""
 
+import os
 import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from cluster.process import (
     LAUNCH,
     PORTS,
     TIMEOUT,
     Launched,
+    Place,
     environment_with,
     first_host,
     launched_rank,
     read_launch,
+    share_cores,
     tasks_per_node,
 )
 from cluster.settings import UserError
@@ -40,11 +44,11 @@ except UserError as error:
 """
 
 
-def met(**variables: str) -> subprocess.Popen[str]:
+def met(code: str = MEET, words: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
     """A process that joins its group with these variables, prints the ranks and its own, or says why not."""
     environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"} | variables
     return subprocess.Popen(
-        [sys.executable, "-c", MEET], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -192,6 +196,55 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
     process = met(**{TIMEOUT: text})
     _, error = process.communicate(timeout=120)
     assert error == f"environment variable {TIMEOUT}={text!r} must be a number above 0\n"
+
+
+def test_a_network_interface_that_is_not_there_is_one_line_on_every_rank() -> None:
+    """The ranks meet at the store, and only then does gloo look for its interface."""
+    pair = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), TIMEOUT: "1"}
+    both = [met(RANK=rank, **pair, GLOO_SOCKET_IFNAME="no-such0") for rank in ("0", "1")]
+    for rank, error in enumerate([one.communicate(timeout=120)[1] for one in both]):
+        line = error.splitlines()[-1]
+        assert "Traceback" not in error
+        assert line.startswith(f"rank {rank} ") and "Unable to find address for: no-such0" in line
+        assert "GLOO_SOCKET_IFNAME" in line and "NCCL_SOCKET_IFNAME" in line
+
+
+SHARE = """
+import os, sys, torch
+from unittest.mock import patch
+from cluster.process import gathered, joined_place, share_cores
+with joined_place() as place:
+    for hosts, masks in eval(sys.argv[1]):
+        cores = patch.object(os, "sched_getaffinity", lambda _: set(masks[place.rank]))
+        with cores, patch("socket.gethostname", lambda: hosts[place.rank]):
+            share_cores(place)
+        print(gathered(place, torch.get_num_threads()), end=" ")
+"""
+
+
+def test_ranks_divide_the_cores_that_they_have_in_common() -> None:
+    cases = [
+        ("aa", (range(8), range(8)), [4, 4]),  # torchrun binds nobody
+        ("aa", (range(4), range(4, 8)), [4, 4]),  # srun may give each its own
+        ("ab", (range(8), range(8)), [8, 8]),
+        ("aa", (range(8), range(2)), [4, 1]),
+        ("aa", ([0], [0]), [1, 1]),
+    ]
+    pair = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = (repr([case[:2] for case in cases]),)
+    both = [met(RANK=rank, **pair, code=SHARE, words=words) for rank in ("0", "1")]
+    said = [one.communicate(timeout=120) for one in both]
+    assert [out for out, _ in said] == ["".join(f"{threads} " for *_, threads in cases)] * 2, said
+
+
+def test_a_process_without_company_has_all_its_cores(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    before = torch.get_num_threads()
+    try:
+        share_cores(place)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_several_processes_without_an_address_say_so() -> None:

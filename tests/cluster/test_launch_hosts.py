@@ -226,7 +226,8 @@ def test_only_the_ranks_of_this_launch_are_told(
 ) -> None:
     stand_in(tmp_path, "ssh", SSH, monkeypatch)
     kinds = [{LAUNCH: "a1", "RANK": "0"}, {LAUNCH: "a1"}, {LAUNCH: "a12", "RANK": "0"}, {"RANK": "0"}]
-    sleepers = [subprocess.Popen(["sleep", "60"], env={"PATH": os.environ["PATH"]} | kind) for kind in kinds]
+    sleep = ["env", "--default-signal=INT", "sleep", "60"]  # tests that run in the background may be deaf to it
+    sleepers = [subprocess.Popen(sleep, env={"PATH": os.environ["PATH"]} | kind) for kind in kinds]
     try:
         hosts = Hosts(["here", "there"], [], "a1")
         assert hosts.tell_ranks(interrupt)

@@ -1,20 +1,13 @@
 """Preprocessing shared by tasks and ranks: killed, raced and rerun, the result is what one process gives."""
 
 import dataclasses
-import multiprocessing
-import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from cluster.command import run_command
 from cluster.manifest import FolderError, read_manifest, temporary
@@ -26,8 +19,8 @@ from data_pipeline.merge import merge
 from data_pipeline.preprocess import preprocess
 from data_pipeline.shards import TEXT_BYTES
 from tests.pairs import make_pairs, pair_members, tree, write_tar
+from tests.processes import ended, in_child, run_ranks
 
-FORK = multiprocessing.get_context("fork")
 JOIN_AND_DIE = """
 import os
 from cluster.process import meeting_place
@@ -58,26 +51,6 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     out = tmp_path_factory.mktemp("whole")
     preprocess(config_of(source, out))
     return tree(out)
-
-
-def in_child(work: Callable[[], None], limit: int = 0) -> Any:
-    """Start `work` in a process of its own, which is killed when a file of its grows beyond `limit` bytes."""
-
-    def run() -> None:
-        if limit:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        work()
-
-    child = FORK.Process(target=run)
-    child.start()
-    return child
-
-
-def ended(child: Any) -> int:
-    child.join(60)
-    assert child.exitcode is not None
-    return child.exitcode
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4, 8])
@@ -246,30 +219,6 @@ def test_tasks_without_task_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="tasks=4 needs task=0 to task=3"):
         preprocess(config_of(source, tmp_path, tasks=4))
     assert not (tmp_path / "images").exists()
-
-
-def run_ranks(commands: list[list[str]]) -> tuple[list[int], list[tuple[str, str]]]:
-    """One process a command, as a launcher runs the ranks of a job; exit codes, and what each wrote to both streams.
-
-    They meet at a store of ours: nobody can take its port before they listen there.
-    """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    job = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    job |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, command in enumerate(commands)
-    ]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return [rank.returncode for rank in ranks], said
 
 
 def module_words(source: Path, out: Path) -> list[str]:

@@ -2,11 +2,8 @@
 
 import dataclasses
 import hashlib
-import multiprocessing
 import random
-import resource
 import signal
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,8 +33,8 @@ from dvae.tokenise import TokeniseConfig, encode, merge, tokenise
 from dvae.tokenise_merge import COMMAND as MERGE
 from dvae.train import open_dvae
 from tests.pairs import caption, encoded, tree, write_tar
+from tests.processes import ended, in_child
 
-FORK = multiprocessing.get_context("fork")
 SIDE = 16
 SMALL = ("06", "07")  # pictures whose short side is below it: all of a shard
 
@@ -92,26 +89,6 @@ def whole(request: pytest.FixtureRequest, made: Path, tmp_path_factory: pytest.T
 
 def codes(out: Path, split: str = "train") -> dict[str, np.ndarray]:
     return {sample.key: read_npy(sample.files["npy"]) for sample in Shards(out, "tokens", split)}
-
-
-def in_child(work: Callable[[], None], limit: int = 0) -> Any:
-    """Start `work` in a process of its own, which is killed when a file of its grows beyond `limit` bytes."""
-
-    def run() -> None:
-        if limit:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        work()
-
-    child = FORK.Process(target=run)
-    child.start()
-    return child
-
-
-def ended(child: Any) -> int:
-    child.join(60)
-    assert child.exitcode is not None
-    return child.exitcode
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4, 8])

@@ -23,8 +23,8 @@ from dvae.config import DvaeConfig, DvaeTrainConfig, ScheduleConfig
 from dvae.likelihood import map_pixels
 from dvae.tokenise import TokeniseConfig, tokenise
 from dvae.train import open_dvae, train
-from tests.data_pipeline.test_tasks import run_ranks
 from tests.pairs import make_pairs
+from tests.processes import run_ranks
 from tests.small import SMALL_DVAE, smalti
 
 ALONE = Place(0, 1, torch.device("cpu"))

@@ -266,16 +266,17 @@ def shown(row: Row) -> str:
     return f"{row.what:<56} {value:>8}  {bar:<8} {verdict:<7} {row.note}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def tell(about: str | None, measure: Callable[[Path], Iterator[Row]]) -> None:
+    """Print the rows that are measured in a folder, on one thread, for people or as JSON; `about` is for --help."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     words = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for row in rows(Path(folder)):
-            about = {"what": row.what, "value": row.value, "bar": row.bar, "ok": row.ok, "note": row.note}
-            print(json.dumps(about | {"load": os.getloadavg()[0]}) if words.json else shown(row), flush=True)
+        for row in measure(Path(folder)):
+            fields = {"what": row.what, "value": row.value, "bar": row.bar, "ok": row.ok, "note": row.note}
+            print(json.dumps(fields | {"load": os.getloadavg()[0]}) if words.json else shown(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tell(__doc__, rows)

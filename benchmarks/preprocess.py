@@ -5,13 +5,10 @@ same pictures; of tokenise, decoding them and the dVAE's forward pass. Stage and
 thread, in CPU time; a stage starts from nothing in each round, with reading, shards, records and manifest.
 """
 
-import argparse
 import io
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
@@ -21,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.loader import Row, captions, photo, shown
+from benchmarks.loader import Row, captions, photo, tell
 from cluster.manifest import write_manifest
 from cluster.weights import WEIGHTS, save_weights
 from data_pipeline.augment import transformer_crop
@@ -163,16 +160,5 @@ def rows(folder: Path, n_photos: int = 128, n_tokenised: int = 512, heldout_only
     yield from tokenise_rows(folder, n_tokenised)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object a row")
-    words = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        for row in rows(Path(folder)):
-            about = {"what": row.what, "value": row.value, "bar": row.bar, "ok": row.ok, "note": row.note}
-            print(json.dumps(about | {"load": os.getloadavg()[0]}) if words.json else shown(row), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    tell(__doc__, rows)

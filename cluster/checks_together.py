@@ -25,6 +25,7 @@ ROUNDS = 5  # of which the best counts: the first ones open connections
 SLOW = 0.5  # of what is assumed of a link: below it something is wrong, not only noisy
 
 OUT = "out"
+NAME_THE_NETWORK = "name the network that joins the hosts: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
 ONE_FOLDER = "it must be one folder on a file system that all hosts share"
 
 
@@ -45,7 +46,7 @@ def why_apart(launched: Launched, host: str, seconds: float, said: str) -> Findi
         return broken(f"port {launched.port} is taken there by another program", "choose another MASTER_PORT")
     if "cannot connect to the others" in said:
         said = said[said.index("cannot") :].partition("; see ")[0]
-        return broken(said, "name the network between the hosts: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME")
+        return broken(said, NAME_THE_NETWORK)
     if launched.rank == 0:
         came = said.rpartition(". ")[2] if "clients joined" in said else said
         return broken(
@@ -69,7 +70,7 @@ def why_apart(launched: Launched, host: str, seconds: float, said: str) -> Findi
         return None
     return broken(
         f"it reaches {where}, but not the other ranks ({said})",
-        "name the network that joins the hosts: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
+        NAME_THE_NETWORK,
     )
 
 

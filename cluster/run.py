@@ -108,9 +108,7 @@ class Run:
         if self.place.is_main:
             self._open(step, order)
             write_bytes(self.folder / "settings.toml", to_toml(self._config).encode())
-            with open(
-                self.folder / STARTS, "a"
-            ) as file:  # the only clock times of a run: what it lost is counted by it
+            with open(self.folder / STARTS, "a") as file:  # the only clock times of a run: they tell what it lost
                 file.write(json.dumps({"time": time.time(), "step": step, "ranks": self.place.world_size}) + "\n")
             if step and self.progress:
                 self.progress.say(f"{self.identity.kind}: resumed at step {step} of {self.n_steps}")

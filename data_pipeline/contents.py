@@ -104,6 +104,13 @@ class Codes:
         return codes
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as the content of a .npy file."""
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
 def read_npy(data: bytes) -> np.ndarray:
     """The array of a .npy file's content; ValueError if it is damaged, or would need a pickle.
 

@@ -4,7 +4,6 @@ The parts are the work that tasks, ranks and workers share. A part is done when 
 NAME.done.json, is there: it is written last, so a part may be done twice, or by two at once.
 """
 
-import io
 import json
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from cluster.manifest import file_digest, write_bytes, write_json
 from cluster.process import Place
 from cluster.settings import SettingError, require_at_least_one, section, setting, to_dict
 from data_pipeline.captions import find_caption
+from data_pipeline.contents import npy_bytes
 from data_pipeline.dedupe import DedupeConfig, marks
 from data_pipeline.filters import FilterConfig, Filters
 from data_pipeline.images import IMAGE_ENDINGS, ImageProblem, decode, encode, shrink
@@ -212,9 +212,7 @@ def convert_part(part: Part, config: PreprocessConfig) -> Counter[str]:
 
 def marks_bytes(rows: list[bytes]) -> bytes:
     """Marks of the samples of a shard, as the .npy of (N, MARK_BYTES) uint8."""
-    out = io.BytesIO()
-    np.save(out, np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), MARK_BYTES))
-    return out.getvalue()
+    return npy_bytes(np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), MARK_BYTES))
 
 
 def mark_of(data: bytes) -> bytes:

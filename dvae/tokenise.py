@@ -10,7 +10,6 @@ At the end some pictures are drawn from the codes written (`sample.png`) and the
 embedded emoji take some seconds.
 """
 
-import io
 import itertools
 import sys
 import time
@@ -25,6 +24,7 @@ from cluster.manifest import sweep, write_json, write_manifest
 from cluster.metrics import Progress
 from cluster.process import Place, computes_bf16, gathered, lone_place, meet, meeting_place
 from data_pipeline.bpe import Vocabulary
+from data_pipeline.contents import npy_bytes
 from data_pipeline.convert import SPLITS
 from data_pipeline.shards import Sample, Shard, index_record, open_shard, write_shard
 from data_pipeline.shares import refuse_gaps, said_by_each_rank, share_of
@@ -151,13 +151,6 @@ def captions_by_tokens(samples: list[Sample], vocabulary: Vocabulary) -> list[in
     """How many captions have 0, 1, 2, ... tokens: from it training says how many it must cut."""
     lengths = [len(vocabulary.encode(sample.files["txt"].decode())) for sample in samples]
     return np.bincount(np.array(lengths, np.int64)).tolist()
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as the content of a .npy file."""
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()
 
 
 COMMAND = Command("tokenise", TokeniseConfig, Path(__file__).parent / "configs" / "tokenise", tokenise, __doc__)

@@ -19,7 +19,7 @@ from cluster.command import run_command
 from cluster.manifest import FolderError, is_done, read_manifest, write_manifest
 from cluster.settings import SettingError, UserError
 from cluster.weights import WEIGHTS, save_weights
-from data_pipeline.contents import picture_of, read_npy
+from data_pipeline.contents import npy_bytes, picture_of, read_npy
 from data_pipeline.convert import PreprocessConfig
 from data_pipeline.folders import Shards
 from data_pipeline.loader import to_pixels
@@ -31,7 +31,7 @@ from dvae.config import DvaeConfig
 from dvae.likelihood import most_likely_pixels
 from dvae.model import Dvae
 from dvae.token_work import crops_of
-from dvae.tokenise import COMMAND, TokeniseConfig, merge, npy_bytes, rate, tokenise
+from dvae.tokenise import COMMAND, TokeniseConfig, merge, rate, tokenise
 from dvae.train import open_dvae
 from tests.pairs import caption, encoded, tree, write_tar
 

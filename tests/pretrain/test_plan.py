@@ -14,9 +14,9 @@ import torch
 from cluster.command import run_command
 from cluster.power_sgd import PowerSGDConfig
 from cluster.settings import SettingError
+from data_pipeline.contents import npy_bytes
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.shards import Sample, write_shard
-from dvae.tokenise import npy_bytes
 from pretrain import plan as planning
 from pretrain.bench_gpu import step_flops
 from pretrain.config import OptimConfig, TrainConfig, TransformerConfig

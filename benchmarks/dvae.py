@@ -56,13 +56,14 @@ def codes_rows(setup: Setup) -> list[Row]:
 
 def speed_rows(setup: Setup) -> list[Row]:
     """Fp32 on all cores, one picture: medians of rounds in which all take turns."""
-    found = of_size(setup, "step")
+    found = last_json(on_all_cores("benchmarks.dvae_turns", [setup.size], SIZE_SECONDS))
     seconds = found["seconds"]
 
     def against(what: str) -> str:
-        ours, theirs = seconds[what], seconds[f"their {what}"]
-        spread = f"{min(found[what]):.2f} to {max(found[what]):.2f}"
-        return f"{1 / ours:.3g} against {1 / theirs:.3g} pictures/s, rounds {spread}; {found['source']}"
+        rates = f"{1 / seconds['ours'][what]:.3g} against {1 / seconds['theirs'][what]:.3g} pictures/s"
+        rounds = f"rounds {min(found[what]):.2f} to {max(found[what]):.2f}"
+        alike = f"{statistics.median(found['both keep memory'][what]):.2f} if both keep freed memory"
+        return f"{rates}, {rounds}; {alike}; {found['source']}"
 
     share = (
         f"{found['product']} {found['gflop_s']:.0f} GFLOP/s in fp32; the step {found['share'] * found['gflop_s']:.0f}"

@@ -1,7 +1,7 @@
 """What a step of the discrete VAE costs at the published size, ours and the published modules': for benchmarks/dvae.py.
 
-`python -m benchmarks.dvae_sizes codes|step|memory|gpu SIZE` prints one JSON object. The published modules are those of
-the PyPI package `dall-e` where it is installed (`pip install --no-deps dall-e attrs requests`), else the plain layers
+`python -m benchmarks.dvae_sizes codes|memory|gpu SIZE` prints one JSON object. The published modules are those of
+the PyPI package `dall-e` where it is installed (`pip install --no-deps dall-e`, and attrs and requests), else the plain
 of tests/dvae/published.py, which are the same arithmetic.
 """
 
@@ -9,7 +9,6 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ from dvae.likelihood import map_pixels, most_likely_pixels
 from dvae.model import Block, Dvae
 from dvae.objective import Objective
 from dvae.openai import published_name
-from kernels.linear import linear
 from tests.dvae import published
 
 SIZES = {
@@ -35,7 +33,6 @@ SIZES = {
     "tiny": DvaeConfig(image_side=32, fold=1, width=16, n_groups=4, n_blocks=2, n_init=16, codebook=64),
 }
 TAU, BETA, FLOOR = 0.5, 6.6, -20.0
-ROUNDS, MATRIX = 5, 2048
 LOUD = 4.0  # residual paths, so that they count beside the skips in spite of the gain of 1/64
 MEMORY_BATCH, GPU_BATCH = 8, 16
 CPU = torch.device("cpu")
@@ -127,45 +124,6 @@ def training_flops(config: DvaeConfig) -> int:
     return counter.get_total_flops()
 
 
-def step(config: DvaeConfig, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Steps and encodings of both, and products of matrices, in turns: seconds a picture, ratios of each round.
-
-    The share is of the faster product: on AMD processors that is not torch's own (see kernels/linear.py).
-    """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    ours, theirs, x, noise = made(config), Published(config), mapped_pictures(config, 1), noise_for(config, 1)
-    theirs.take_weights(ours)
-    a, b = torch.randn(2, MATRIX, MATRIX)
-    nothing = torch.zeros(MATRIX)
-    plain = x.contiguous()
-    products: dict[str, Callable[[], object]] = {
-        "a @ b": lambda: a @ b,
-        "kernels/linear.py": lambda: linear(a, b, nothing),
-    }
-    works: dict[str, Callable[[], object]] = products | {
-        "step": stepper(ours, x, noise),
-        "their step": stepper(theirs, plain, noise),
-        "encode": torch.no_grad()(lambda: ours.encode(x)),
-        "their encode": torch.no_grad()(lambda: theirs.encoder(plain).argmax(1)),
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
-        for name in works if number % 2 else reversed(works):
-            times[name].append(seconds_of(works[name]))
-    kept = {name: column[1:] for name, column in times.items()}  # the first ones make buffers
-    fastest = min(products, key=lambda name: min(kept[name]))
-    peak = 2 * MATRIX**3 / min(kept[fastest])
-    return {
-        "step": [theirs / ours for ours, theirs in zip(kept["step"], kept["their step"], strict=True)],
-        "encode": [theirs / ours for ours, theirs in zip(kept["encode"], kept["their encode"], strict=True)],
-        "share": training_flops(config) / min(kept["step"]) / peak,
-        "gflop_s": peak / 1e9,
-        "product": fastest,
-        "seconds": {name: statistics.median(column) for name, column in kept.items()},
-        "source": theirs.source,
-    }
-
-
 def computed_gigabytes(config: DvaeConfig, batch: int, kind: torch.dtype, recompute: bool = True) -> float:
     """The peak of all tensors that are alive at once in the second step, which has moments from the start.
 
@@ -237,7 +195,7 @@ def gpu(config: DvaeConfig, rounds: int = 20) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measures: dict[str, Callable[[DvaeConfig], dict[str, Any]]] = {
-        "codes": codes, "step": step, "memory": memory, "gpu": gpu,
+        "codes": codes, "memory": memory, "gpu": gpu,
     }  # fmt: skip
     parser.add_argument("what", choices=measures)
     parser.add_argument("size", choices=SIZES)

@@ -9,7 +9,7 @@ from cluster.settings import SettingError
 from dvae.config import DvaeConfig, ScheduleConfig
 from dvae.likelihood import logit_laplace_nats, map_pixels, most_likely_pixels, unmap_pixels
 from dvae.measure import usage_of
-from dvae.model import Dvae
+from dvae.model import Block, Dvae
 from dvae.schedule import kl_weight, learning_rate, temperature
 
 SMALL = DvaeConfig(image_side=16, fold=1, width=8, n_groups=3, n_blocks=1, n_init=8, codebook=32)
@@ -40,6 +40,19 @@ def test_decoding_codes_equals_decoding_one_hot_weights() -> None:
     codes = torch.randint(SMALL.codebook, (2, 4, 4))
     one_hot = torch.nn.functional.one_hot(codes, SMALL.codebook).permute(0, 3, 1, 2).float()
     assert torch.equal(model.decode(codes), model.decoder(one_hot))
+
+
+def test_a_block_that_enlarges_is_the_block_of_the_enlarged_picture() -> None:
+    """And so are the gradients of its input and weights."""
+    plain, block = (Block(8, 4, (1, 3, 3, 3), 0.25, torch.float64, enlarges).double() for enlarges in (False, True))
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64, requires_grad=True)
+    wanted = plain(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    direction = torch.randn_like(wanted)
+    torch.testing.assert_close(block(x), wanted, rtol=1e-12, atol=1e-12)
+    wanted = torch.autograd.grad((wanted * direction).sum(), [x, *plain.parameters()])
+    found = torch.autograd.grad((block(x) * direction).sum(), [x, *block.parameters()])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_another_picture_size_is_refused_with_its_shape() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.distributed_jobs import ROOT, Failed, Row, answers, last_json
-from benchmarks.peers import cpu_name
+from benchmarks.peers import DALLE_PYTORCH, cpu_name
 from cluster.manifest import read_manifest
 from cluster.metrics import read_metrics
 from cluster.process import n_accelerators
@@ -145,7 +145,8 @@ def peer_row(setup: Setup) -> Row:
     try:
         version = metadata.version("dalle-pytorch")
     except metadata.PackageNotFoundError:
-        raise Failed("dalle-pytorch is not installed (see benchmarks/peers.py)") from None
+        peer, imports = f"{DALLE_PYTORCH.name}=={DALLE_PYTORCH.version}", " ".join(map(repr, DALLE_PYTORCH.imports))
+        raise Failed(f"it is not installed: `pip install --no-deps {peer}`, then `pip install {imports}`") from None
     ours = trained(setup, setup.seeds[0])
     words = [str(setup.images), str(ours["minutes"] * MINUTE)]
     theirs = last_json(on_all_cores("benchmarks.peer_discrete_vae", words, RUN_SECONDS))

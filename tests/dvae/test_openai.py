@@ -353,7 +353,8 @@ def test_the_verbs_take_plain_words(pair: Pair, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(("n_hid", "n_init", "codebook", "side"), [(8, 16, 32, 64), (256, 128, 8192, 256)])
 def test_the_real_package_agrees(tmp_path: Path, n_hid: int, n_init: int, codebook: int, side: int) -> None:
-    """With `dall-e` from PyPI (`pip install --no-deps dall-e attrs requests`); the second size is the published one."""
+    """With `dall-e` from PyPI (`pip install --no-deps dall-e`, and attrs and requests); the second size is the
+    published one."""
     package = pytest.importorskip("dall_e")
     torch.manual_seed(3)
     encoder = package.Encoder(n_hid=n_hid, vocab_size=codebook)

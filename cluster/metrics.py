@@ -14,6 +14,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
 from cluster.manifest import write_bytes
+from cluster.records import read_records
 
 LINE_SECONDS = 10.0  # between progress lines when the output is not a terminal
 
@@ -28,7 +29,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if line["step"] < step]
+        kept = [line for line in read_records(self.path) if line["step"] < step]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = open(self.path, "a")  # noqa: SIM115 - close() closes it
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -46,19 +47,7 @@ class Metrics:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All records of a run folder, oldest first."""
-    return _lines(folder / "metrics.jsonl")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # a kill can cut the last line
-            continue
-    return records
+    return read_records(folder / "metrics.jsonl")
 
 
 class Progress:

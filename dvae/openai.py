@@ -115,6 +115,8 @@ def _weights(part: Part, file: Pickled) -> dict[str, Stored]:
             }
         else:
             found = {str(name): tensor for name, tensor in file.root.items()}
+            if INPUT not in found:
+                raise UserError(f"{file.path} has no weights {INPUT}, so it is not the published {part}{_vqgan(found)}")
             what = CLASS_OF["encoder" if found[INPUT].shape[2:] == (7, 7) else "decoder"]
         if what != CLASS_OF[part]:
             other = ": are the two files swapped?" if what in CLASS_OF.values() else ""
@@ -122,6 +124,13 @@ def _weights(part: Part, file: Pickled) -> dict[str, Stored]:
         if INPUT not in found or len(found[INPUT].shape) != 4:
             raise UserError(f"{file.path} has no weights {INPUT} with four axes, so it is not the published {part}")
     return found
+
+
+def _vqgan(found: dict[str, Any]) -> str:
+    inner = found.get("state_dict", found)
+    if any("quantize." in str(name) for name in inner):
+        return "; a VQGAN is not read (`smalti dvae import --help` says why)"
+    return ""
 
 
 def _things(root: Thing) -> Iterator[tuple[str, Thing]]:

@@ -6,6 +6,11 @@ The files are OpenAI's (github.com/openai/DALL-E; 215 and 175 MB); what comes ou
 folder, as `smalti dvae` writes it. Codes and reconstructions are those of the PyPI package `dall-e`
 for the same weights. Takes some seconds. Encoding then takes 0.4 GB for each picture of 256 pixels
 in a batch, so tokenise with `batch=8` or so.
+
+A VQGAN of taming-transformers is not read. It is another network (attention, group norms, codes by the
+nearest embedding or by Gumbel logits, pixels without a likelihood): every stage that codes or draws
+pictures would do it in two ways, and none of the measures of a dVAE's health would hold. Its shape,
+moreover, is in a YAML file beside a checkpoint that pickles the whole trainer.
 """
 
 import sys

@@ -11,6 +11,7 @@ from typing import Any
 from cluster.checkpoint import SEAL, found_in, verify
 from cluster.manifest import NAME as MANIFEST
 from cluster.manifest import VERB_OF, Manifest, file_digest, read_manifest
+from cluster.records import read_records
 from cluster.run import STARTS
 from cluster.settings import UserError, from_dict
 from data_pipeline.convert import PreprocessConfig, all_parts, name_of, read_record, shard_folder
@@ -103,14 +104,14 @@ def _run(folder: Path, digests: bool) -> Progress:
     except (OSError, ValueError, KeyError, TypeError) as error:
         one.problems.append(f"settings.toml cannot be read ({error}); the next start writes it anew")
     _add_checkpoint(one, folder, digests)
-    steps = [record for record in _lines(folder / "metrics.jsonl") if STEP in record and "step" in record]
+    steps = [record for record in _records(folder / "metrics.jsonl") if STEP in record and "step" in record]
     one.done = steps[-1]["step"] + 1 if steps else one.checkpoint_step or 0
     if steps and one.total is not None:
         one.seconds_left = fmean(record[STEP] for record in steps[-RECENT:]) * max(0, one.total - one.done)
     signs = [folder / name for name in (MANIFEST, "metrics.jsonl", STARTS, "settings.toml", "checkpoints/latest")]
     alive = max((path.stat().st_mtime for path in signs if path.is_file()), default=None)
     one.silent_seconds = _ago(alive)
-    starts = [record for record in _lines(folder / STARTS) if {"time", "step"} <= record.keys()]
+    starts = [record for record in _records(folder / STARTS) if {"time", "step"} <= record.keys()]
     one.starts = len(starts)
     if starts and steps and alive is not None:
         # a later start drops the records of steps that it does again, so what is left is what counts
@@ -200,20 +201,11 @@ def _pictures(folder: Path) -> int:
     return sum(1 for _ in folder.glob("[0-9][0-9][0-9][0-9]*/[0-9][0-9]*.png"))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL; what a kill or a bad disk left of others is passed over."""
-    found = []
+def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(errors="replace")
+        return read_records(path)
     except OSError:
         return []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found += [record] if isinstance(record, dict) else []
-    return found
 
 
 def _ago(when: float | None) -> float | None:

@@ -1,12 +1,13 @@
 """What became of the jobs that were submitted for a folder, as far as SLURM still knows."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.records import read_records
 from cluster.settings import UserError
 from cluster.slurm.job import JOBS, ask_slurm
 
@@ -44,13 +45,10 @@ class State:
 
 def submitted(folder: Path) -> list[Submitted]:
     """Jobs submitted for a folder, oldest first. A damaged line is passed over: it is a record, not an input."""
-    path = folder / JOBS
     found = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            found.append(Submitted(**json.loads(line)))
-        except (ValueError, TypeError):  # a kill can cut the last line
-            continue
+    for record in read_records(folder / JOBS):
+        with suppress(TypeError):  # of other fields
+            found.append(Submitted(**record))
     return found
 
 

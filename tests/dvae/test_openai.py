@@ -250,6 +250,15 @@ def test_a_swapped_pair_is_told_as_such(modules: tuple[Encoder, Decoder], pair: 
     assert "are the two files swapped?" in refusal(pair[0], pair[0])
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("name", "hint"), [("quantize.embed.weight", "; a VQGAN is not read"), ("head.weight", "")])
+def test_weights_of_another_network_are_told_as_such(pair: Pair, wrapped: bool, name: str, hint: str) -> None:
+    weights = {"encoder.conv_in.weight": torch.zeros(4, 3, 3, 3), name: torch.zeros(8, 4)}
+    torch.save({"epoch": 3, "state_dict": weights} if wrapped else weights, pair[0])
+    said = f"{pair[0]} has no weights blocks.input.w, so it is not the published encoder"
+    assert refusal(*pair).startswith(said + hint) and ("VQGAN" in refusal(*pair)) == bool(hint)
+
+
 def test_weights_of_another_shape_or_name_are_named(pair: Pair) -> None:
     wide, missing, more, half = Encoder(8, 32), Encoder(8, 32), Encoder(8, 32), Encoder(8, 32).half()
     wide.blocks.group_2.block_1.res_path.conv_2.w = nn.Parameter(torch.zeros(4, 4, 5, 5))  # type: ignore

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -71,12 +71,14 @@ def answer_turns(program: str, config: DvaeConfig) -> None:
 def waiting(program: str, size: str) -> Iterator[Callable[[], dict[str, float]]]:
     """A process of a program; each call is its turn."""
     words = [sys.executable, "-m", "benchmarks.dvae_turns", size, "--program", program]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as job:
-        assert job.stdin and job.stdout
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as job:
+        to_it, from_it = job.stdin, job.stdout
+        assert to_it and from_it
 
         def turn() -> dict[str, float]:
-            print(file=job.stdin, flush=True)
-            line = job.stdout.readline()  # type: ignore[union-attr]
+            with suppress(BrokenPipeError):  # it has ended, which the next line tells
+                to_it.write(b"\n")
+            line = from_it.readline()
             if not line:
                 raise Failed(f"the process of {program} ended with exit code {job.wait()}")
             return json.loads(line)

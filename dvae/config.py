@@ -7,6 +7,7 @@ from cluster.run import RunConfig
 from cluster.settings import SettingError, require_at_least_one, section, setting
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.remote import CacheConfig
+from dvae.likelihood import Likelihood
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ class DvaeTrainConfig(RunConfig):
     n_steps: int = setting(3_000_000, "updates (the paper: 3000000)")
     seed: int = setting(0, "decides initial weights and noise")
     start: Literal["seeded", "paper"] = setting("paper", "seeded: linear codec and k-means codebook; paper: random")
-    min_log_scale: float = setting(-20.0, "floor of the likelihood's ln b; the paper has none")
+    likelihood: Likelihood = setting(
+        "logit-laplace", "of a pixel; logit-laplace: the paper's, of absolute errors; logit-normal: of squared errors"
+    )
+    min_log_scale: float = setting(-20.0, "floor of the Laplace's ln b; the paper has none")
     weight_decay: float = setting(1e-4, "AdamW's (the paper: 1e-4)")
     clip: float = setting(1.0, "global gradient norm")
     augment: Literal["none", "paper"] = setting(

@@ -12,7 +12,7 @@ from cluster.process import Place, gathered
 from data_pipeline.contents import picture_of
 from data_pipeline.folders import Shards
 from data_pipeline.loader import to_pixels
-from dvae.likelihood import logit_laplace_nats, map_pixels, most_likely_pixels
+from dvae.likelihood import Likelihood, map_pixels, most_likely_pixels, pixel_nats
 from dvae.model import Dvae
 from dvae.noise import uniform_rows
 from dvae.objective import effective_kl_weight, hardened
@@ -41,11 +41,12 @@ class Measured:
 @dataclass(frozen=True)
 class Elbo:
     """How the evidence lower bound of a picture is taken: the noise's seed, the relaxation's temperature, and the
-    floor of ln b."""
+    likelihood with its floor of ln b."""
 
     seed: int
     tau: float
     min_log_scale: float
+    likelihood: Likelihood = "logit-laplace"
 
 
 class HeldOut:
@@ -136,7 +137,7 @@ def elbos(model: Dvae, mapped: Tensor, logits: Tensor, numbers: list[int], elbo:
     found = []
     for codes in (weights, hardened(weights)):
         parameters = model.decoder(codes.permute(0, 3, 1, 2))
-        nats = logit_laplace_nats(parameters, mapped, elbo.min_log_scale).mean((1, 2, 3)).double()
+        nats = pixel_nats(parameters, mapped, elbo.min_log_scale, elbo.likelihood).mean((1, 2, 3)).double()
         found.append(-(nats + divergence).cpu())
     return torch.stack(found, 1)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvae.config import DvaeConfig
-from dvae.likelihood import logit_laplace_nats
+from dvae.likelihood import Likelihood, pixel_nats
 from dvae.model import Dvae
 from kernels.relaxed_codes import relaxed_codes
 
@@ -29,11 +29,18 @@ class Terms(NamedTuple):
 class Objective(nn.Module):
     """Mapped pictures and noise -> loss."""
 
-    def __init__(self, model: Dvae, min_log_scale: float, relaxation: Relaxation = "gumbel") -> None:
+    def __init__(
+        self,
+        model: Dvae,
+        min_log_scale: float,
+        relaxation: Relaxation = "gumbel",
+        likelihood: Likelihood = "logit-laplace",
+    ) -> None:
         """relaxation: `gumbel` decodes the relaxed codes, as the paper; `straight-through` hard ones with the
         gradient of the relaxed (Jang et al. 2016, section 2.2)."""
         super().__init__()
-        self.model, self.min_log_scale, self.relaxation = model, min_log_scale, relaxation
+        self.model, self.min_log_scale = model, min_log_scale
+        self.relaxation, self.likelihood = relaxation, likelihood
 
     def forward(self, mapped: Tensor, uniform: Tensor, tau: float, beta: float) -> Terms:
         """mapped (B, 3, P, P), uniform (B, G, G, K) in (0, 1), temperature of the relaxation, weight of KL."""
@@ -42,7 +49,7 @@ class Objective(nn.Module):
         if self.relaxation == "straight-through":
             weights = hardened(weights) + (weights - weights.detach())
         parameters = self.model.decoder(weights.permute(0, 3, 1, 2))
-        nats = logit_laplace_nats(parameters, mapped, self.min_log_scale).mean()
+        nats = pixel_nats(parameters, mapped, self.min_log_scale, self.likelihood).mean()
         kl = kl.mean()
         loss = nats + effective_kl_weight(self.model.config, beta) * kl
         return Terms(loss, nats, kl, logits.argmax(-1))

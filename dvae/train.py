@@ -107,7 +107,7 @@ def evaluate(config: DvaeTrainConfig, run: Run, trainer: Trainer, heldout: HeldO
 def measure(config: DvaeTrainConfig, trainer: Trainer, heldout: HeldOut, step: int) -> Measured:
     """The held-out measurement after a step, relaxed as that step was."""
     tau = temperature(config.schedule, max(step, 0))
-    return heldout.measure(trainer.released, Elbo(config.seed, tau, config.min_log_scale))
+    return heldout.measure(trainer.released, Elbo(config.seed, tau, config.min_log_scale, config.likelihood))
 
 
 def opened(config: DvaeTrainConfig, place: Place) -> list[Folder]:

@@ -54,7 +54,8 @@ class Trainer:
             pictures = first_pictures(shards, N_SEED_PICTURES, config.model.image_side)
             seed_codes(model, map_pixels(pictures), torch.Generator().manual_seed(config.seed))
         self.model: Dvae = model.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._objective = replicated(Objective(self.model, config.min_log_scale, config.relaxation), place)
+        objective = Objective(self.model, config.min_log_scale, config.relaxation, config.likelihood)
+        self._objective = replicated(objective, place)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
         )

@@ -17,7 +17,7 @@ from data_pipeline.loader import first_pictures
 from dvae import measure
 from dvae.config import DvaeConfig
 from dvae.fid import Features, frechet_distance
-from dvae.likelihood import logit_laplace_nats, map_pixels, most_likely_pixels
+from dvae.likelihood import Likelihood, map_pixels, most_likely_pixels, pixel_nats
 from dvae.measure import EVALUATION, Elbo, HeldOut
 from dvae.model import Dvae
 from dvae.noise import uniform_rows
@@ -85,31 +85,37 @@ def test_measures_are_their_definitions(shards: Shards) -> None:
     torch.testing.assert_close(found.originals, pixels[: measure.N_SHOWN])
 
 
-def bounds(model: Dvae, pixels: Tensor) -> Iterator[tuple[float, float]]:
+def bounds(model: Dvae, pixels: Tensor, elbo: Elbo) -> Iterator[tuple[float, float]]:
     """Relaxed and hard bound of each picture in nats per value, from the definition."""
     for number, picture in enumerate(map_pixels(pixels)[:, None]):
         logits = model.encoder(picture).permute(0, 2, 3, 1)
-        noise = uniform_rows(ELBO.seed, EVALUATION + number, range(1), (4, 4, 32))
+        noise = uniform_rows(elbo.seed, EVALUATION + number, range(1), (4, 4, 32))
         noisy = logits - torch.log(-torch.log(noise))
         p = logits.softmax(-1)
         divergence = (p * (p.log() + math.log(32))).sum()
-        relaxed = model.decoder((noisy / ELBO.tau).softmax(-1).permute(0, 3, 1, 2))
+        relaxed = model.decoder((noisy / elbo.tau).softmax(-1).permute(0, 3, 1, 2))
         decoded = (relaxed, model.decode(noisy.argmax(-1)))
-        likelihoods = [-logit_laplace_nats(parameters, picture, ELBO.min_log_scale).sum() for parameters in decoded]
+        likelihoods = [
+            -pixel_nats(parameters, picture, elbo.min_log_scale, elbo.likelihood).sum() for parameters in decoded
+        ]
         yield tuple(((one - divergence) / picture.numel()).item() for one in likelihoods)  # type: ignore[misc]
 
 
-def test_the_bounds_are_relaxed_and_hard_with_one_noise(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("likelihood", ["logit-laplace", "logit-normal"])
+def test_the_bounds_are_relaxed_and_hard_with_one_noise(
+    shards: Shards, monkeypatch: pytest.MonkeyPatch, likelihood: Likelihood
+) -> None:
+    elbo = dataclasses.replace(ELBO, likelihood=likelihood)
     model = random_model()
     with torch.no_grad():
-        want = list(bounds(model, first_pictures(shards, 9, 16)))
-    values = HeldOut(shards, 16, ALONE, count=9).measure(model, ELBO).values
+        want = list(bounds(model, first_pictures(shards, 9, 16), elbo))
+    values = HeldOut(shards, 16, ALONE, count=9).measure(model, elbo).values
     relaxed, hard = (sum(column) / 9 for column in zip(*want, strict=True))
     assert values["val/elbo_relaxed"] == pytest.approx(relaxed, rel=1e-4)
     assert values["val/elbo_hard"] == pytest.approx(hard, rel=1e-4)
     assert values["val/elbo_gap"] == pytest.approx(relaxed - hard, rel=1e-2, abs=1e-5)
     monkeypatch.setattr(measure, "N_ELBO", 3)  # of nine pictures every third
-    few = HeldOut(shards, 16, ALONE, count=9).measure(model, ELBO).values
+    few = HeldOut(shards, 16, ALONE, count=9).measure(model, elbo).values
     assert few["val/elbo_hard"] == pytest.approx(sum(hard for _, hard in want[::3]) / 3, rel=1e-4)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from cluster.settings import SettingError
 from dvae.config import DvaeConfig, ScheduleConfig
-from dvae.likelihood import logit_laplace_nats, map_pixels, most_likely_pixels, unmap_pixels
+from dvae.likelihood import NORMAL_SCALE, Likelihood, map_pixels, most_likely_pixels, pixel_nats, unmap_pixels
 from dvae.measure import usage_of
 from dvae.model import Block, Dvae
 from dvae.schedule import kl_weight, learning_rate, temperature
@@ -65,30 +65,35 @@ def test_a_side_that_does_not_divide_is_refused() -> None:
         DvaeConfig(image_side=60)
 
 
-def test_the_likelihood_is_a_density_on_the_unit_interval() -> None:
+@pytest.mark.parametrize("likelihood", ["logit-laplace", "logit-normal"])
+def test_the_likelihood_is_a_density_on_the_unit_interval(likelihood: Likelihood) -> None:
     x = torch.linspace(1e-5, 1 - 1e-5, 400_001, dtype=torch.float64)
     grid = x.view(1, 1, 1, -1).expand(1, 3, 1, -1)
     for mean, log_scale in ((0.0, 0.0), (1.5, -1.0), (-0.7, 0.3)):
         floor = -40.0  # far below, so that the soft floor changes nothing
         parameters = torch.tensor([mean] * 3 + [log_scale] * 3).view(1, 6, 1, 1).expand(1, 6, 1, len(x)).double()
-        density = torch.exp(-logit_laplace_nats(parameters, grid, floor))[0, 0, 0]
+        density = torch.exp(-pixel_nats(parameters, grid, floor, likelihood))[0, 0, 0]
         assert torch.trapezoid(density, x).item() == pytest.approx(1.0, abs=2e-3)
 
 
-def test_the_likelihood_matches_torchs_laplace() -> None:
+@pytest.mark.parametrize("likelihood", ["logit-laplace", "logit-normal"])
+def test_the_likelihood_matches_torchs(likelihood: Likelihood) -> None:
     torch.manual_seed(0)
     parameters, x = torch.randn(2, 6, 3, 3, dtype=torch.float64), torch.rand(2, 3, 3, 3, dtype=torch.float64)
-    laplace = torch.distributions.Laplace(parameters[:, :3], parameters[:, 3:].exp())
+    means, scales = parameters[:, :3], parameters[:, 3:].exp()
+    of_logits: torch.distributions.Distribution = torch.distributions.Laplace(means, scales)
+    if likelihood == "logit-normal":
+        of_logits = torch.distributions.Normal(means, NORMAL_SCALE)
     sigmoid = torch.distributions.transforms.SigmoidTransform()
-    want = -torch.distributions.TransformedDistribution(laplace, [sigmoid]).log_prob(x)
-    torch.testing.assert_close(logit_laplace_nats(parameters, x, -40.0), want)
+    want = -torch.distributions.TransformedDistribution(of_logits, [sigmoid]).log_prob(x)
+    torch.testing.assert_close(pixel_nats(parameters, x, -40.0, likelihood), want)
 
 
 def test_the_floor_bounds_the_gradient_of_a_sure_pixel() -> None:
     parameters = torch.zeros(1, 6, 1, 1)
     parameters[:, 3:] = -8.0
     parameters.requires_grad_()
-    logit_laplace_nats(parameters, torch.full((1, 3, 1, 1), 0.6), -1.5).sum().backward()
+    pixel_nats(parameters, torch.full((1, 3, 1, 1), 0.6), -1.5).sum().backward()
     assert parameters.grad is not None
     assert parameters.grad[:, :3].abs().max().item() == pytest.approx(math.exp(1.5), rel=0.01)
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from data_pipeline.order import GUMBEL, counter_random
 from dvae.average import Average
 from dvae.config import DvaeConfig
-from dvae.likelihood import logit_laplace_nats, map_pixels
+from dvae.likelihood import map_pixels, pixel_nats
 from dvae.model import Dvae
 from dvae.noise import uniform_rows
 from dvae.objective import Objective, Terms, effective_kl_weight, hardened
+from kernels.relaxed_codes import relaxed_codes
 
 SHAPE = DvaeConfig(image_side=16, fold=1, width=16, n_groups=3, n_blocks=2, n_init=8, codebook=32)
 PAPER = DvaeConfig(image_side=256, fold=1, width=256, n_groups=4, n_blocks=2, n_init=128, codebook=8192)
@@ -53,7 +54,7 @@ def test_the_loss_is_the_papers_sum_over_its_number_of_values() -> None:
     x, noise = mapped().double(), uniform_rows(0, 5, range(3), GRID).double()
     logits = model.encoder.head(model.encoder.features(x)).permute(0, 2, 3, 1)
     relaxed = torch.softmax((logits - torch.log(-torch.log(noise))) / TAU, -1)
-    nats = logit_laplace_nats(model.decoder(relaxed.permute(0, 3, 1, 2)).double(), x, FLOOR)
+    nats = pixel_nats(model.decoder(relaxed.permute(0, 3, 1, 2)).double(), x, FLOOR)
     p = torch.softmax(logits, -1)
     kl = (p * (p.log() + math.log(SHAPE.codebook))).sum(-1)
     want = (nats.sum((1, 2, 3)) + BETA * kl.sum((1, 2))).mean() / (3 * 16 * 16)
@@ -61,6 +62,20 @@ def test_the_loss_is_the_papers_sum_over_its_number_of_values() -> None:
     assert found.loss.item() == pytest.approx(want.item(), rel=1e-5)  # float32
     assert found.kl.item() == pytest.approx(kl.mean().item(), rel=1e-4)
     assert torch.equal(found.codes, logits.argmax(-1))
+
+
+def test_the_likelihood_that_is_asked_for_is_the_one_that_counts() -> None:
+    model = made()
+    x, noise = mapped(), uniform_rows(0, 5, range(3), GRID)
+    relaxed, _ = relaxed_codes(model.encoder(x).permute(0, 2, 3, 1), noise, TAU)
+    parameters = model.decoder(relaxed.permute(0, 3, 1, 2))
+    laplace, normal = (
+        Objective(model, FLOOR, likelihood=likelihood)(x, noise, TAU, BETA).nats
+        for likelihood in ("logit-laplace", "logit-normal")
+    )
+    torch.testing.assert_close(laplace, pixel_nats(parameters, x, FLOOR).mean())
+    torch.testing.assert_close(normal, pixel_nats(parameters, x, FLOOR, "logit-normal").mean())
+    assert abs(laplace - normal) > 0.01
 
 
 def test_the_kl_is_weighted_as_appendix_a2_normalises_it() -> None:
@@ -106,13 +121,13 @@ def test_straight_through_decodes_hard_codes_with_the_gradient_of_the_relaxed() 
     hard = terms_of(model, "straight-through")
     noisy = model.encoder(mapped()).permute(0, 2, 3, 1) - torch.log(-torch.log(uniform_rows(0, 5, range(3), GRID)))
     codes = noisy.argmax(-1)
-    want = logit_laplace_nats(model.decode(codes), mapped(), FLOOR).mean()
+    want = pixel_nats(model.decode(codes), mapped(), FLOOR).mean()
     assert hard.nats.item() == pytest.approx(want.item(), rel=1e-6)
     assert hard.nats.item() != terms_of(model).nats.item()
     # the gradient that reaches the encoder is that of the relaxed weights, taken where the hard ones are decoded
     weights = torch.softmax(noisy / TAU, -1)
     one_hot = hardened(weights).requires_grad_()
-    nats = logit_laplace_nats(model.decoder(one_hot.permute(0, 3, 1, 2)), mapped(), FLOOR).mean()
+    nats = pixel_nats(model.decoder(one_hot.permute(0, 3, 1, 2)), mapped(), FLOOR).mean()
     (toward,) = torch.autograd.grad(nats, one_hot)
     (want_head,) = torch.autograd.grad(weights, model.encoder.head.weight, toward)
     (found_head,) = torch.autograd.grad(hard.nats, model.encoder.head.weight)

@@ -7,7 +7,7 @@
 The objective is Ramesh et al. 2021, section 2.1 and appendix A: logit-Laplace likelihood plus
 beta times KL to a uniform prior, through a Gumbel-softmax relaxation used forward and backward.
 Code usage is logged from the first step. Ctrl-C saves; the same command goes on. `emoji-64` takes
-about 2 minutes on 2 CPU cores.
+90 seconds on 2 CPU cores.
 """
 
 import sys

@@ -62,8 +62,7 @@ def speed_rows(setup: Setup) -> list[Row]:
     def against(what: str) -> str:
         rates = f"{1 / seconds['ours'][what]:.3g} against {1 / seconds['theirs'][what]:.3g} pictures/s"
         rounds = f"rounds {min(found[what]):.2f} to {max(found[what]):.2f}"
-        alike = f"{statistics.median(found['both keep memory'][what]):.2f} if both keep freed memory"
-        return f"{rates}, {rounds}; {alike}; {found['source']}"
+        return f"{rates}, {rounds}; {found['source']}"
 
     share = (
         f"{found['product']} {found['gflop_s']:.0f} GFLOP/s in fp32; the step {found['share'] * found['gflop_s']:.0f}"

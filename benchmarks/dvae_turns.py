@@ -1,8 +1,7 @@
 """Training steps and encodings of a size, ours and the published modules', in turns: for benchmarks/dvae.py.
 
-`python -m benchmarks.dvae_turns SIZE` prints one JSON object. Each program has a process of its own, for what it does
-with freed memory is part of it: ours keeps it, as `smalti dvae` does, the published modules have what torch does; once
-more they keep it as well, so that one can tell what that alone is worth.
+`python -m benchmarks.dvae_turns SIZE` prints one JSON object. Each program has a process of its own, so that neither
+finds memory that the other has freed.
 """
 
 import argparse
@@ -28,12 +27,10 @@ from benchmarks.dvae_sizes import (
     stepper,
     training_flops,
 )
-from cluster.memory import keep_freed_memory
-from cluster.process import lone_place
 from dvae.config import DvaeConfig
 from kernels.linear import linear
 
-PROGRAMS = ("ours", "theirs", "theirs, keeping memory")
+PROGRAMS = ("ours", "theirs")
 ROUNDS, MATRIX = 5, 2048
 Times = dict[str, dict[str, list[float]]]  # seconds of each program's works, a number a round
 
@@ -60,8 +57,6 @@ def works(program: str, config: DvaeConfig) -> dict[str, Callable[[], object]]:
 def answer_turns(program: str, config: DvaeConfig) -> None:
     """For each line that comes do every work once, and print its seconds."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if program != "theirs":
-        keep_freed_memory(lone_place())
     todo = works(program, config)
     for _ in sys.stdin:
         print(json.dumps({name: seconds_of(work) for name, work in todo.items()}), flush=True)
@@ -111,15 +106,14 @@ def told(times: Times, flops: int) -> dict[str, Any]:
     """
     ours = times["ours"]
 
-    def ratios(program: str, work: str) -> list[float]:
-        return [theirs / mine for mine, theirs in zip(ours[work], times[program][work], strict=True)]
+    def ratios(work: str) -> list[float]:
+        return [theirs / mine for mine, theirs in zip(ours[work], times["theirs"][work], strict=True)]
 
     fastest = min((work for work in ours if work not in ("step", "encode")), key=lambda work: min(ours[work]))
     peak = 2 * MATRIX**3 / min(ours[fastest])
     return {
-        "step": ratios("theirs", "step"),
-        "encode": ratios("theirs", "encode"),
-        "both keep memory": {work: ratios("theirs, keeping memory", work) for work in ("step", "encode")},
+        "step": ratios("step"),
+        "encode": ratios("encode"),
         "share": flops / min(ours["step"]) / peak,
         "gflop_s": peak / 1e9,
         "product": fastest,

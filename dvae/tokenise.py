@@ -21,7 +21,6 @@ import torch
 
 from cluster.command import Command, run_command
 from cluster.manifest import sweep, write_json, write_manifest
-from cluster.memory import keep_freed_memory
 from cluster.metrics import Progress
 from cluster.process import Place, computes_bf16, gathered, lone_place, meet, meeting_place
 from data_pipeline.bpe import Vocabulary
@@ -40,7 +39,6 @@ COMPUTES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def tokenise(config: TokeniseConfig) -> None:
     """Run the stage; see the module's text."""
     with meeting_place(on_cpu=False) as place, said_by_each_rank(place):
-        keep_freed_memory(place)
         is_fast = config.precision == "auto" and computes_bf16(place)  # all ranks ask, whatever each finds below
         work = Work(config)
         share = share_of(work.names, config.tasks, config.task, place)

@@ -20,7 +20,6 @@ import torch
 
 from cluster.command import Command, run_command
 from cluster.manifest import FolderError, Manifest, read_manifest
-from cluster.memory import keep_freed_memory
 from cluster.process import Place, gathered, joined_place, share_cores
 from cluster.run import Run, due
 from cluster.settings import UserError, from_dict
@@ -145,8 +144,6 @@ def run_train(config: DvaeTrainConfig) -> None:
     with joined_place() as place:
         if place.world_size > 1:
             share_cores(place)
-        if config.activation_checkpointing == "none":
-            keep_freed_memory(place)
         train(config, place)
 
 

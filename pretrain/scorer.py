@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from cluster.command import Command, run_command
 from cluster.manifest import Manifest, read_manifest
-from cluster.memory import keep_freed_memory
 from cluster.process import Place, lone_place
 from cluster.run import Run, due
 from cluster.settings import from_dict
@@ -186,7 +185,6 @@ def shifted(pixels: Tensor, limit: int, random: Callable[..., np.ndarray]) -> Te
 def train(config: ScorerTrainConfig) -> None:
     """Run the stage; see the module's text."""
     place = lone_place()
-    keep_freed_memory(place)
     folders = open_folders(config.images, "images", config.cache)
     shards = Shards(folders, "images", "train")
     vocabulary, vocab = open_vocabulary(Path(config.vocab))

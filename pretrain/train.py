@@ -15,7 +15,6 @@ from pathlib import Path
 from cluster.checkpoint import found_in
 from cluster.command import Command, run_command
 from cluster.manifest import refuse_other_origin
-from cluster.memory import keep_freed_memory
 from cluster.process import Place, computes_bf16, joined_place, share_cores
 from cluster.run import Run, due
 from cluster.settings import UserError
@@ -142,8 +141,6 @@ def run_train(config: TrainConfig) -> None:
     """Join the job and train."""
     with joined_place() as place:
         share_cores(place)
-        if config.activation_checkpointing == "none":
-            keep_freed_memory(place)
         if config.precision == "auto":  # the run's record names what was used
             config = replace(config, precision="bf16" if computes_bf16(place) else "fp32")
         if config.dry_run:

@@ -71,7 +71,7 @@ def refusal(encoder: Path, decoder: Path) -> str:
 
 
 def assert_equal_models(encoder: nn.Module, decoder: nn.Module, model: Dvae, pixels: Tensor) -> None:
-    """The same to the last bit: the weights, the operations and their order are the same."""
+    """The same to the last bit: where the decoder enlarges later than theirs, each number is still the same sum."""
     with torch.no_grad():
         logits = encoder(map_pixels(pixels))
         codes = logits.argmax(1)
